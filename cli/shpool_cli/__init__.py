@@ -1,0 +1,1 @@
+"""The shpool command line."""

@@ -1,0 +1,1 @@
+"""One login, every process: a process pool whose workers share one OAuth2 token."""

@@ -1,0 +1,360 @@
+"""Every error shpool raises, as one tree; each survives pickling and its text names the remedy.
+
+    ShpoolError
+    ├── LoginError                 no token this time; trying again may help
+    │   ├── TokenResponseError     the endpoint answered, but not with a token
+    │   └── LoginRefusedError      final: these credentials will never work
+    ├── TokenUnavailableError      no valid token to hand out now
+    ├── TokenTooLargeError         a token beyond what the board can hold
+    ├── OpaqueTokenError           claims were asked of a token that is not a JWT
+    ├── NoSessionError             current_session() outside a worker
+    ├── BoardError                 the shared memory cannot be used
+    │   ├── BoardNotFoundError     nobody shares under that name
+    │   ├── BoardInUseError        a living process shares under that name
+    │   ├── ForeignBoardError      another user owns the segment, or may write to it
+    │   ├── BoardLayoutError       not a board, or one of another shpool version
+    │   └── TornBoardError         no consistent record within the bound
+    ├── TaskError                  one task failed for a reason outside its function
+    │   ├── WorkerLostError        its worker process died
+    │   ├── TaskTimeoutError       it ran longer than its timeout
+    │   └── UnpicklableError       its function, arguments, result or error cannot travel
+    ├── InitializerError           the initializer failed in a worker
+    ├── ConfigError                the configuration cannot be read or used
+    └── InputError                 a batch's target or input is not usable
+
+Classes take positional fields only and build their text in ``__str__``: pickle replays the fields.
+Wrong arguments are plain ``TypeError`` and ``ValueError``.
+"""
+
+from __future__ import annotations
+
+
+class ShpoolError(Exception):
+    """Root of all errors of this package."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Replay the positional fields, also where a base class such as ``OSError`` would not."""
+        return type(self), self.args, {"__notes__": self.__notes__} if hasattr(self, "__notes__") else None
+
+
+class SHUserWarning(UserWarning):
+    """Something was survived that the user may want to know of; named as in sentinelhub-py."""
+
+
+class LoginError(ShpoolError):
+    """The token endpoint gave no token; a later attempt may succeed.
+
+    Args:
+        endpoint: URL of the token endpoint.
+        reason: What happened, in words.
+        status: HTTP status, or None when there was no answer.
+        retry_after: Seconds the endpoint asked to wait, or None.
+    """
+
+    def __init__(self, endpoint: str, reason: str, status: int | None = None, retry_after: float | None = None) -> None:
+        super().__init__(endpoint, reason, status, retry_after)
+        self.endpoint = endpoint
+        self.reason = reason
+        self.status = status
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        answer = "" if self.status is None else f" with HTTP {self.status}"
+        return f"no token from {self.endpoint}{answer}: {self.reason}; check the URL and the network, or try later"
+
+
+class TokenResponseError(LoginError):
+    """The token endpoint answered, but the answer is no token (RFC 6749, section 5.1)."""
+
+    def __str__(self) -> str:
+        return f"{self.endpoint} answered without a usable token: {self.reason}; check that the URL is a token endpoint"
+
+
+_REFUSAL_HINTS = {
+    "invalid_client": "check the client id and secret (SH_CLIENT_ID, SH_CLIENT_SECRET, or the configuration file)",
+    "unauthorized_client": "allow the client credentials grant for this client at the provider",
+    "invalid_scope": "ask only for scopes this client may have",
+    "unsupported_grant_type": "the provider must allow the client credentials grant",
+}
+
+
+class LoginRefusedError(LoginError):
+    """The provider refuses this client for good; no retry will help (RFC 6749, section 5.2).
+
+    Args:
+        endpoint: URL of the token endpoint.
+        client_id: The client that was refused.
+        code: The OAuth ``error`` code, such as ``invalid_client``.
+        description: The provider's own words, may be empty.
+        status: HTTP status, or None.
+    """
+
+    def __init__(
+        self, endpoint: str, client_id: str, code: str, description: str = "", status: int | None = None
+    ) -> None:
+        super().__init__(endpoint, code, status)
+        self.args = (endpoint, client_id, code, description, status)
+        self.client_id = client_id
+        self.code = code
+        self.description = description
+
+    def __str__(self) -> str:
+        words = f": {self.description}" if self.description else ""
+        hint = _REFUSAL_HINTS.get(self.code, "check the client's registration at the provider")
+        return f"token endpoint {self.endpoint} refused client {self.client_id!r} ({self.code}){words}; {hint}"
+
+
+class TokenUnavailableError(ShpoolError):
+    """There is no valid token now: it has expired and could not be renewed, or sharing has ended.
+
+    Args:
+        reason: Why there is none.
+        last_error: Text of the parent's last login error, empty when there was none.
+    """
+
+    def __init__(self, reason: str, last_error: str = "") -> None:
+        super().__init__(reason, last_error)
+        self.reason = reason
+        self.last_error = last_error
+
+    def __str__(self) -> str:
+        if self.last_error:
+            return f"no valid token: {self.reason}; the last login failed: {self.last_error}"
+        return f"no valid token: {self.reason}"
+
+
+class TokenTooLargeError(ShpoolError):
+    """The token does not fit the board.
+
+    Args:
+        size: Bytes of the token's record.
+        limit: Bytes the board can hold.
+    """
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(size, limit)
+        self.size = size
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return (
+            f"the token needs {self.size} bytes and the board holds {self.limit}; "
+            "ask the provider for fewer scopes or claims"
+        )
+
+
+class OpaqueTokenError(ShpoolError, ValueError):
+    """The token carries no readable claims: it is not a JSON Web Token (RFC 7519)."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the access token has no readable claims: {self.reason}; ask the provider's introspection endpoint"
+
+
+class NoSessionError(ShpoolError, RuntimeError):
+    """``current_session()`` was called where there is no shared session."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def __str__(self) -> str:
+        return (
+            "current_session() works inside a worker of AuthenticatedProcessPool; "
+            "elsewhere use collect_shared_session(name), or the session itself in the parent"
+        )
+
+
+class BoardError(ShpoolError):
+    """A shared-memory segment cannot be used.
+
+    Args:
+        name: Name of the segment.
+        detail: What is wrong with it.
+    """
+
+    def __init__(self, name: str, detail: str = "") -> None:
+        super().__init__(name, detail)
+        self.name = name
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"shared memory {self.name!r} cannot be used: {self.detail}"
+
+
+class BoardNotFoundError(BoardError, FileNotFoundError):
+    """No session is shared under that name."""
+
+    def __str__(self) -> str:
+        return (
+            f"no session is shared as {self.name!r}; sharing must be running: "
+            "start SessionSharing, or a pool with memory_name, under this name first"
+        )
+
+
+class BoardInUseError(BoardError, FileExistsError):
+    """A living process shares under that name already.
+
+    Args:
+        name: Name of the segment.
+        pid: The process that owns it.
+    """
+
+    def __init__(self, name: str, pid: int) -> None:
+        super().__init__(name, f"in use by process {pid}")
+        self.args = (name, pid)
+        self.pid = pid
+
+    def __str__(self) -> str:
+        return f"memory_name {self.name!r} is in use by process {self.pid}; choose another name or end that process"
+
+
+class ForeignBoardError(BoardError, PermissionError):
+    """Another user owns the segment, or could write to it."""
+
+    def __str__(self) -> str:
+        return f"shared memory {self.name!r} is not safe to use: {self.detail}; choose another memory_name"
+
+
+class BoardLayoutError(BoardError):
+    """The segment is no board, or a board of another version of shpool."""
+
+    def __str__(self) -> str:
+        return (
+            f"shared memory {self.name!r} is not a board of this shpool: {self.detail}; "
+            "use the same shpool version on both sides, or choose another memory_name"
+        )
+
+
+class TornBoardError(BoardError):
+    """No consistent record could be read within the bound."""
+
+
+class TaskError(ShpoolError):
+    """A task failed for a reason outside its own function."""
+
+
+class WorkerLostError(TaskError):
+    """The worker process died while it ran the task.
+
+    Args:
+        task: What was called, as text.
+        pid: The worker's process id.
+        exitcode: Exit code, negative for a signal, None when unknown.
+        peak_memory: Peak resident memory of the worker in bytes, None when unknown.
+        attempts: How many workers the task has cost.
+    """
+
+    def __init__(
+        self, task: str, pid: int, exitcode: int | None = None, peak_memory: int | None = None, attempts: int = 1
+    ) -> None:
+        super().__init__(task, pid, exitcode, peak_memory, attempts)
+        self.task = task
+        self.pid = pid
+        self.exitcode = exitcode
+        self.peak_memory = peak_memory
+        self.attempts = attempts
+
+    def __str__(self) -> str:
+        parts = [f"worker {self.pid} died while running {self.task}"]
+        if self.exitcode is not None:
+            cause = f"signal {-self.exitcode}" if self.exitcode < 0 else f"exit code {self.exitcode}"
+            parts.append(f" ({cause})")
+        if self.peak_memory is not None:
+            parts.append(f", peak memory {self.peak_memory / 1e6:.0f} MB")
+        if self.attempts > 1:
+            parts.append(f", attempt {self.attempts}")
+        if self.exitcode == -9:  # noqa: PLR2004 - SIGKILL, what the kernel's out-of-memory killer sends
+            parts.append("; if the kernel ran out of memory, use fewer workers or smaller tasks")
+        else:
+            parts.append("; retries=1 would run it again on a fresh worker")
+        return "".join(parts)
+
+
+class TaskTimeoutError(TaskError, TimeoutError):
+    """The task ran longer than its timeout and was stopped.
+
+    Args:
+        task: What was called, as text.
+        timeout: The limit in seconds.
+    """
+
+    def __init__(self, task: str, timeout: float) -> None:
+        super().__init__(task, timeout)
+        self.task = task
+        self.timeout = timeout
+
+    def __str__(self) -> str:
+        return f"{self.task} ran longer than {self.timeout:g} s and was stopped; raise timeout= or split the task"
+
+
+class UnpicklableError(TaskError):
+    """Something of a task cannot travel between processes.
+
+    Args:
+        what: ``function``, ``arguments``, ``result`` or ``exception``.
+        text: What it was, shortened.
+        reason: Why it cannot be pickled or unpickled.
+    """
+
+    def __init__(self, what: str, text: str, reason: str) -> None:
+        super().__init__(what, text, reason)
+        self.what = what
+        self.text = text
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the task's {self.what} cannot travel between processes: {self.text} ({self.reason})"
+
+
+class InitializerError(ShpoolError):
+    """The initializer raised in a worker, so no task can run.
+
+    Args:
+        text: The error, as the worker saw it.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"the pool's initializer failed in a worker: {self.text}"
+
+
+class ConfigError(ShpoolError, ValueError):
+    """The configuration cannot be read or used.
+
+    Args:
+        path: The file, or where else the value came from.
+        reason: What is wrong and what to do.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class InputError(ShpoolError, ValueError):
+    """A batch's target or input is not usable.
+
+    Args:
+        where: File, line or option.
+        reason: What is wrong.
+        hint: What to do.
+    """
+
+    def __init__(self, where: str, reason: str, hint: str = "") -> None:
+        super().__init__(where, reason, hint)
+        self.where = where
+        self.reason = reason
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}" + (f"; {self.hint}" if self.hint else "")
