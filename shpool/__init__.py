@@ -1,1 +1,63 @@
-"""One login, every process: a process pool whose workers share one OAuth2 token."""
+"""One login, every process: a process pool whose workers share one OAuth2 token.
+
+    with AuthenticatedProcessPool(session) as pool:
+        results = list(pool.map(work, items))  # inside work(): current_session().session_headers
+
+Names are imported when they are first used, so that ``import shpool`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shpool.config import SHConfig
+    from shpool.errors import ShpoolError, SHUserWarning
+    from shpool.pool import AuthenticatedProcessPool
+    from shpool.session import OAuthSession, SentinelHubSession
+    from shpool.sharing import SessionSharing, SessionSharingThread, SharedSession, collect_shared_session
+    from shpool.worker import current_session
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AuthenticatedProcessPool",
+    "OAuthSession",
+    "SHConfig",
+    "SHUserWarning",
+    "SentinelHubSession",
+    "SessionSharing",
+    "SessionSharingThread",
+    "SharedSession",
+    "ShpoolError",
+    "collect_shared_session",
+    "current_session",
+]
+
+_HOMES = {
+    "AuthenticatedProcessPool": "shpool.pool",
+    "OAuthSession": "shpool.session",
+    "SHConfig": "shpool.config",
+    "SHUserWarning": "shpool.errors",
+    "SentinelHubSession": "shpool.session",
+    "SessionSharing": "shpool.sharing",
+    "SessionSharingThread": "shpool.sharing",
+    "SharedSession": "shpool.sharing",
+    "ShpoolError": "shpool.errors",
+    "collect_shared_session": "shpool.sharing",
+    "current_session": "shpool.worker",
+}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - PEP 562
+    if name not in _HOMES:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

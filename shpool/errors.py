@@ -17,6 +17,7 @@
     ├── TaskError                  one task failed for a reason outside its function
     │   ├── WorkerLostError        its worker process died
     │   ├── TaskTimeoutError       it ran longer than its timeout
+    │   ├── TaskTerminatedError    somebody stopped it while it ran
     │   └── UnpicklableError       its function, arguments, result or error cannot travel
     ├── InitializerError           the initializer failed in a worker
     ├── ConfigError                the configuration cannot be read or used
@@ -288,6 +289,21 @@ class TaskTimeoutError(TaskError, TimeoutError):
 
     def __str__(self) -> str:
         return f"{self.task} ran longer than {self.timeout:g} s and was stopped; raise timeout= or split the task"
+
+
+class TaskTerminatedError(TaskError):
+    """The task was stopped while it ran: the pool was ended, or the task itself was.
+
+    Args:
+        task: What was called, as text.
+    """
+
+    def __init__(self, task: str) -> None:
+        super().__init__(task)
+        self.task = task
+
+    def __str__(self) -> str:
+        return f"{self.task} was stopped before it was done; submit it again if its result is still wanted"
 
 
 class UnpicklableError(TaskError):

@@ -131,6 +131,32 @@ class Token(Mapping[str, Any]):
         return Token, (*fields, self.scope, self.generation, dict(self.extra))
 
 
+@dataclass(frozen=True)
+class Posting:
+    """What the parent tells its readers: the current token, and how the last login went.
+
+    Attributes:
+        token: The current token, None before the first login.
+        error: Text of the last login error; empty once a login worked again.
+        refused: The error is final: no further login will be tried.
+    """
+
+    token: Token | None
+    error: str = ""
+    refused: bool = False
+
+    def to_bytes(self) -> bytes:
+        """Return the posting as JSON, for a channel to carry."""
+        fields = None if self.token is None else self.token.__reduce__()[1]
+        return json.dumps([fields, self.error, self.refused]).encode()
+
+    @classmethod
+    def from_bytes(cls, text: bytes) -> Posting:
+        """Read what ``to_bytes`` wrote."""
+        fields, error, refused = json.loads(text)
+        return cls(None if fields is None else Token(*fields), error, refused)
+
+
 def token_from_response(answer: object, sent: Instant, *, endpoint: str = "token endpoint") -> Token:
     """Make a token of a token endpoint's answer (RFC 6749, section 5.1).
 

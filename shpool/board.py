@@ -1,0 +1,544 @@
+"""The board: one token record in shared memory, posted by one process and read by many without a lock.
+
+The rules, all of them:
+
+ 1. A segment is a header of 64 bytes and two slots. Its size never changes.
+ 2. The header is: version word, magic, owner's pid, owner's start time; 8 bytes each, in the machine's order.
+    Magic holds the layout's number: another layout is another magic.
+ 3. Only the owner writes. It writes a record into the slot that the *next* version selects (version modulo 2),
+    and then stores the next version: one aligned 8-byte store through ``memoryview.cast("Q")``. Not
+    ``struct.pack_into``, which zeroes its target before it fills it.
+ 4. A record is: digest, version, deadline, length, payload. The digest is the sha256 of all that follows it.
+ 5. A reader reads the version word, makes one private copy of the slot it selects, and accepts the copy if its
+    digest is right and its version is the one the word told. Else it begins again, a bounded number of times. No
+    reader ever waits for the writer, so nothing hangs when one dies.
+ 6. Version 0 means nothing has been posted yet; CLOSED means that sharing has ended, and the slots are zero.
+ 7. A reader that knows version and deadline reads nothing else while the word is unchanged.
+ 8. An anonymous segment has no name: it is handed over as a descriptor, and sealed so that no other process can
+    write to it or change its size. It goes when the last process that holds it goes.
+ 9. A named segment is created with O_EXCL and mode 0600 by one owner, who keeps it locked (flock) while it lives.
+    It is abandoned when the lock is free and no process has the owner's pid and start time.
+10. A reader of a named segment accepts it only if its own user owns it and nobody else may write to it.
+11. Beside a named segment stands another one of one word, for reports of refused generations: any process of the
+    user may write to it, and the owner believes nothing in it but that a login is wanted.
+12. The owner zeroes a segment before it unlinks it, and unlinks a name only while it still leads to its segment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import mmap
+import os
+import secrets
+import stat
+import struct
+import sys
+import time
+import warnings
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shpool.errors import (
+    BoardError,
+    BoardInUseError,
+    BoardLayoutError,
+    BoardNotFoundError,
+    ForeignBoardError,
+    SHUserWarning,
+    TokenTooLargeError,
+    TornBoardError,
+)
+
+if sys.platform != "win32":
+    import _posixshmem  # type: ignore[import-not-found]  # typeshed lacks it; as multiprocessing.shared_memory does, which cannot attach without its tracker before 3.13
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+CLOSED = 2**64 - 1
+MAGIC = int.from_bytes(b"shpool\0\1", sys.byteorder)
+
+_HEADER = 64  # bytes
+_SLOT = 64 * 1024  # bytes: the largest tokens seen in the field are 12 kB
+SEGMENT_SIZE = _HEADER + 2 * _SLOT
+_DIGEST = hashlib.sha256().digest_size
+_FIELDS = struct.Struct("=QdQ")  # version, deadline, length
+_OVERHEAD = _DIGEST + _FIELDS.size
+LARGEST_PAYLOAD = _SLOT - _OVERHEAD
+
+_REPORTS = ".refused"  # suffix of the segment beside a named board
+
+_READ_TRIES = 1_000  # a flipping writer spoils about one read in twenty; a thousand in a row means corruption
+_COMPLETE_WITHIN = 1.0  # s for another process to finish creating a segment whose name is visible already
+# macOS: PSHMNAMLEN is 31, the slash, the end and the suffix above included.
+_MAX_NAME = 240 if sys.platform == "linux" else 21
+
+# Linux, <linux/fcntl.h>; Python's fcntl names the last one only from 3.13 on.
+_F_ADD_SEALS = 1033
+_F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_FUTURE_WRITE = 0x2, 0x4, 0x10
+
+
+class BoardReader:
+    """A read-only view of a board.
+
+    Attributes:
+        version_word: A sequence whose item 0 is the current version; cheap to look at.
+    """
+
+    def __init__(self, segment: mmap.mmap, name: str) -> None:
+        self._segment = segment
+        self._bytes = memoryview(segment)
+        self.version_word = self._bytes[:8].cast("Q")
+        self.name = name
+
+    def read(self) -> tuple[int, bytes]:
+        """Return the version and the payload now posted; the payload is empty at version 0 and CLOSED.
+
+        Raises:
+            TornBoardError: No consistent record within the bound: the memory is corrupt.
+        """
+        for _ in range(_READ_TRIES):
+            version = self.version_word[0]
+            if version in {0, CLOSED}:
+                return version, b""
+            payload = _checked_payload(self._copy_of_slot(version), version)
+            if payload is not None:
+                return version, payload
+        detail = f"no consistent record in {_READ_TRIES} tries"
+        raise TornBoardError(self.name, detail)
+
+    def _copy_of_slot(self, version: int) -> bytes:
+        start = _slot_offset(version)
+        length = _FIELDS.unpack_from(self._bytes, start + _DIGEST)[2]
+        return bytes(self._bytes[start : start + _OVERHEAD + min(length, LARGEST_PAYLOAD)])
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self.version_word.release()
+        self._bytes.release()
+        self._segment.close()
+
+
+class Board:
+    """The owner's side of a segment: post records, close, unlink.
+
+    Create one with ``anonymous_board()`` or ``named_board(name)``.
+    """
+
+    def __init__(self, descriptor: int, name: str = "", handed_over: int | None = None) -> None:
+        self.name = name
+        self._descriptor = descriptor
+        self._handed_over = descriptor if handed_over is None else handed_over
+        self._owner = os.getpid()
+        self._segment = mmap.mmap(descriptor, SEGMENT_SIZE)
+        self._bytes = memoryview(self._segment)
+        self._words = self._bytes[:_HEADER].cast("Q")
+        self._words[1:4] = memoryview(struct.pack("=QQQ", MAGIC, self._owner, start_time_of(self._owner))).cast("Q")
+        self._closed = False
+
+    @property
+    def is_closed(self) -> bool:
+        """Tell whether ``close()`` was called."""
+        return self._closed
+
+    @property
+    def version(self) -> int:
+        """The version last posted."""
+        return self._words[0]
+
+    def post(self, payload: bytes, deadline: float) -> None:
+        """Make ``payload`` what readers see from now on.
+
+        Raises:
+            TokenTooLargeError: It exceeds LARGEST_PAYLOAD bytes; what was posted before stays.
+            ValueError: The board is closed.
+        """
+        if self._closed:
+            msg = f"board {self.name!r} is closed"
+            raise ValueError(msg)
+        if len(payload) > LARGEST_PAYLOAD:
+            raise TokenTooLargeError(len(payload), LARGEST_PAYLOAD)
+        version = self._words[0] + 1
+        body = _FIELDS.pack(version, deadline, len(payload)) + payload
+        record = hashlib.sha256(body).digest() + body
+        start = _slot_offset(version)
+        self._bytes[start : start + len(record)] = record
+        self._words[0] = version
+
+    def reader(self) -> BoardReader:
+        """Return a view for the owner's own process."""
+        return BoardReader(mmap.mmap(self._descriptor, SEGMENT_SIZE, prot=mmap.PROT_READ), self.name)
+
+    def handle(self) -> BoardHandle:
+        """Return what a worker attaches with; it pickles only while a process is being spawned."""
+        return BoardHandle(self._handed_over, self.name)
+
+    def has_vanished(self) -> bool:
+        """Tell whether a named segment can no longer be found under its name."""
+        if not self.name or self._closed:
+            return False
+        try:
+            found = _shm_open(self.name, os.O_RDONLY)
+        except OSError:
+            return True
+        try:
+            return not os.path.samestat(os.fstat(found), os.fstat(self._descriptor))
+        finally:
+            os.close(found)
+
+    def close(self) -> None:
+        """Tell readers that sharing has ended, zero the records, unlink the name; harmless when repeated.
+
+        A forked child only lets go of its copy: the segment is its parent's.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if os.getpid() == self._owner:
+            self._words[0] = CLOSED
+            self._bytes[_HEADER:] = bytes(2 * _SLOT)
+            if self.name:
+                _unlink_if_same(self.name, self._descriptor)
+        self._words.release()
+        self._bytes.release()
+        self._segment.close()
+        for descriptor in {self._descriptor, self._handed_over}:
+            os.close(descriptor)
+
+
+class ReportBox:
+    """One word beside a named board, in which readers report the newest generation a server refused.
+
+    A segment of its own, since workers may write to it and never to the board.
+    """
+
+    def __init__(self, board_name: str, *, create: bool) -> None:
+        self._name = board_name + _REPORTS
+        self._creator = os.getpid() if create else None
+        self._is_closed = False
+        flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
+        if create:
+            with contextlib.suppress(FileNotFoundError):
+                _posixshmem.shm_unlink("/" + self._name)  # left behind by the board's former owner
+        try:
+            self._descriptor = _shm_open(self._name, flags)
+            if create:
+                os.fchmod(self._descriptor, 0o600)
+                os.ftruncate(self._descriptor, 8)
+            elif os.fstat(self._descriptor).st_uid != os.geteuid() or os.fstat(self._descriptor).st_size != 8:  # noqa: PLR2004 - one word
+                detail = "another user holds it"
+                raise ForeignBoardError(self._name, detail)
+            self._segment = mmap.mmap(self._descriptor, 8)
+        except FileNotFoundError:
+            raise BoardNotFoundError(self._name) from None
+        except OSError as exc:
+            raise BoardError(self._name, exc.strerror or str(exc)) from None
+        self._word = memoryview(self._segment).cast("Q")
+
+    def report(self, generation: int) -> None:
+        """Say that this generation was refused."""
+        self._word[0] = max(self._word[0], generation)
+
+    def newest(self) -> int:
+        """Return the newest generation reported, 0 for none."""
+        return self._word[0]
+
+    def close(self) -> None:
+        """Let go; the creator takes the name away too. Harmless when repeated."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._word.release()
+        self._segment.close()
+        if self._creator == os.getpid():
+            _unlink_if_same(self._name, self._descriptor)
+        os.close(self._descriptor)
+
+
+class BoardHandle:
+    """Carries a board's descriptor to a process being spawned, and becomes a ``BoardReader`` there."""
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        self._descriptor = descriptor
+        self._name = name
+
+    def keep_from_others(self) -> None:
+        """Undo what spawning did to the descriptor: no other child process shall inherit it."""
+        os.set_inheritable(self._descriptor, False)
+
+    def __reduce__(self) -> tuple[Callable[..., BoardReader], tuple[object, ...]]:
+        return _attach_handed_over, (DupFd(self._descriptor), self._name)
+
+
+def anonymous_board() -> Board:
+    """Create a board without a name, for the processes its descriptor is handed to.
+
+    Raises:
+        BoardError: The system has no room for shared memory.
+    """
+    if not hasattr(os, "memfd_create"):
+        return _unlinked_board()
+    descriptor = os.memfd_create("shpool-board", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        _allocate(descriptor, "anonymous")
+        board = Board(descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    _seal(descriptor)
+    return board
+
+
+def _unlinked_board() -> Board:
+    """Create a board whose name is gone at once; workers get a descriptor that cannot write (macOS: not run here)."""
+    name = "shpool-" + secrets.token_hex(8)
+    descriptor = _shm_open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR)
+    try:
+        handed_over = _shm_open(name, os.O_RDONLY)
+        _allocate(descriptor, name)
+        return Board(descriptor, handed_over=handed_over)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    finally:
+        _posixshmem.shm_unlink("/" + name)
+
+
+def named_board(name: str) -> Board:
+    """Create a board that any process of this user can find by its name.
+
+    A segment that an ended process left under the name is taken over with a warning.
+
+    Raises:
+        ValueError: The name cannot be one of a shared-memory segment.
+        BoardInUseError: A living process shares under the name.
+        ForeignBoardError: Another user holds the name.
+        BoardLayoutError: Something that is no board holds the name.
+        BoardError: The system has no room for shared memory.
+    """
+    _check_name(name)
+    for _ in range(_READ_TRIES):
+        try:
+            descriptor = _shm_open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR)
+        except FileExistsError:
+            _clear_abandoned(name)
+            continue
+        except OSError as exc:
+            raise BoardError(name, exc.strerror or str(exc)) from None
+        try:
+            os.fchmod(descriptor, 0o600)
+            _try_lock(descriptor)
+            _allocate(descriptor, name)
+            return Board(descriptor, name)
+        except BaseException:
+            _unlink_if_same(name, descriptor)
+            os.close(descriptor)
+            raise
+    detail = "it keeps appearing and vanishing"
+    raise BoardError(name, detail)
+
+
+def attach_named(name: str) -> BoardReader:
+    """Attach read-only to the board of that name.
+
+    Raises:
+        BoardNotFoundError: There is none.
+        ForeignBoardError: Another user owns it, or someone else may write to it.
+        BoardLayoutError: It is not a board of this layout.
+    """
+    _check_name(name)
+    with _opened(name) as descriptor:
+        _check_header(descriptor, name)
+        return BoardReader(mmap.mmap(descriptor, SEGMENT_SIZE, prot=mmap.PROT_READ), name)
+
+
+def sweep_abandoned() -> list[str]:
+    """Unlink this user's named boards whose owners have ended; return their names. Linux only, else nothing."""
+    folder = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory
+    swept = []
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            with contextlib.suppress(OSError, BoardError):
+                found = entry.stat(follow_symlinks=False)
+                if found.st_uid != os.geteuid() or found.st_size != SEGMENT_SIZE:
+                    continue
+                with _opened(entry.name) as descriptor:
+                    if _is_abandoned(descriptor, entry.name):
+                        _unlink_if_same(entry.name, descriptor)
+                        swept.append(entry.name)
+    return swept
+
+
+def start_time_of(pid: int) -> int:
+    """Return when a process started, in clock ticks since boot; 0 when it is gone or the system cannot tell."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return 0
+    return int(text.rpartition(b")")[2].split()[19])  # field 22 of proc_pid_stat(5); the name may hold spaces
+
+
+def _attach_handed_over(duplicate: Any, name: str) -> BoardReader:  # noqa: ANN401 - multiprocessing's DupFd has no type
+    descriptor = duplicate.detach()
+    try:
+        return BoardReader(mmap.mmap(descriptor, SEGMENT_SIZE, prot=mmap.PROT_READ), name)
+    finally:
+        os.close(descriptor)
+
+
+def _slot_offset(version: int) -> int:
+    return _HEADER + (version & 1) * _SLOT
+
+
+def _checked_payload(record: bytes, version: int) -> bytes | None:
+    """Return the payload of a record copy, None where rule 5 rejects it."""
+    told, _, length = _FIELDS.unpack_from(record, _DIGEST)
+    if told != version or len(record) != _OVERHEAD + length:
+        return None
+    if hashlib.sha256(memoryview(record)[_DIGEST:]).digest() != record[:_DIGEST]:
+        return None
+    return record[_OVERHEAD:]
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not name or "/" in name or "\0" in name or len(name) > _MAX_NAME or name[0] == ".":
+        msg = f"memory_name {name!r} must have 1 to {_MAX_NAME} characters, no slash, and not begin with a dot"
+        raise ValueError(msg)
+
+
+def _shm_open(name: str, flags: int) -> int:
+    descriptor: int = _posixshmem.shm_open("/" + name, flags, mode=0o600)
+    return descriptor
+
+
+@contextlib.contextmanager
+def _opened(name: str) -> Iterator[int]:
+    """Open a segment read-only, once owner and mode are found safe (rule 10)."""
+    try:
+        descriptor = _shm_open(name, os.O_RDONLY)
+    except FileNotFoundError:
+        raise BoardNotFoundError(name) from None
+    except PermissionError:
+        detail = "another user holds this name"
+        raise ForeignBoardError(name, detail) from None
+    except OSError as exc:
+        raise BoardError(name, exc.strerror or str(exc)) from None
+    try:
+        found = os.fstat(descriptor)
+        if found.st_uid != os.geteuid():
+            detail = f"it belongs to user {found.st_uid}, not to {os.geteuid()}"
+            raise ForeignBoardError(name, detail)
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH | stat.S_IRGRP | stat.S_IROTH):
+            detail = f"its mode {stat.S_IMODE(found.st_mode):04o} lets other users in"
+            raise ForeignBoardError(name, detail)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _check_header(descriptor: int, name: str) -> tuple[int, int]:
+    """Return the owner's pid and start time; waits, bounded, for a segment that is just being created."""
+    give_up = time.monotonic() + _COMPLETE_WITHIN
+    while True:
+        size = os.fstat(descriptor).st_size
+        header = os.pread(descriptor, _HEADER, 0) if size else b""
+        magic, pid, started = struct.unpack_from("=QQQ", header, 8) if len(header) == _HEADER else (0, 0, 0)
+        if magic == MAGIC and size == SEGMENT_SIZE:
+            return pid, started
+        if magic or size not in {0, SEGMENT_SIZE}:
+            detail = f"{size} bytes that begin otherwise"
+            raise BoardLayoutError(name, detail)
+        if time.monotonic() >= give_up:
+            detail = "it was never completed"
+            raise BoardLayoutError(name, detail)
+        time.sleep(0.001)  # its creator is between two system calls
+
+
+def _is_abandoned(descriptor: int, name: str) -> bool:
+    """Apply rule 9. The lock goes with the owner, in whatever pid namespace it lived."""
+    if not _try_lock(descriptor):
+        return False
+    return not _is_running(*_check_header(descriptor, name))
+
+
+def _is_running(pid: int, started: int) -> bool:
+    if started:
+        return start_time_of(pid) == started
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _clear_abandoned(name: str) -> None:
+    """Unlink what holds the name if its owner has ended, else say who lives there.
+
+    The lock taken here keeps two heirs apart: the second finds another segment under the name and looks again.
+    """
+    try:
+        with _opened(name) as descriptor:
+            if _is_abandoned(descriptor, name):
+                if _unlink_if_same(name, descriptor):
+                    text = f"took over shared memory {name!r}, which an ended process had left behind"
+                    warnings.warn(text, SHUserWarning, stacklevel=4)
+                return
+            pid, started = _check_header(descriptor, name)
+            if _is_running(pid, started):
+                raise BoardInUseError(name, pid)
+            time.sleep(0.001)  # another heir holds the lock, for as long as these few calls take
+    except BoardNotFoundError:
+        return
+
+
+def _unlink_if_same(name: str, descriptor: int) -> bool:
+    try:
+        found = _shm_open(name, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        same = os.path.samestat(os.fstat(found), os.fstat(descriptor))
+    finally:
+        os.close(found)
+    if same:
+        with contextlib.suppress(FileNotFoundError):
+            _posixshmem.shm_unlink("/" + name)
+    return same
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock a segment for this open descriptor; True also where the system has no locks on shared memory."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # macOS: not run here; pid and start time decide alone
+    return True
+
+
+def _allocate(descriptor: int, name: str) -> None:
+    """Give the segment its size and its pages now: a full /dev/shm is an error here and not a SIGBUS later."""
+    try:
+        os.ftruncate(descriptor, SEGMENT_SIZE)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, SEGMENT_SIZE)
+    except OSError as exc:
+        text = "shared memory is full; free some in /dev/shm, or give the container a larger one (--shm-size)"
+        raise BoardError(name, text if exc.errno == errno.ENOSPC else str(exc)) from None
+
+
+def _seal(descriptor: int) -> None:
+    """Let nobody resize the segment and nobody but the present map write to it (rule 8)."""
+    seals = _F_SEAL_SHRINK | _F_SEAL_GROW
+    try:
+        fcntl.fcntl(descriptor, _F_ADD_SEALS, seals | _F_SEAL_FUTURE_WRITE)
+    except OSError:  # Linux before 5.1 knows no FUTURE_WRITE
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(descriptor, _F_ADD_SEALS, seals)

@@ -1,0 +1,1 @@
+"""Where tasks run; all engines keep the contract of ``base``."""

@@ -1,0 +1,137 @@
+"""What every engine offers, and what it is given. Engines know tasks, never jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from shpool.errors import WorkerLostError
+    from shpool.sharing import TokenChannel
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call in a worker, or one batch of calls.
+
+    Attributes:
+        fn: What ``Engine.prepare`` made of the function.
+        args: Positional arguments; for a batch, one item for each call.
+        kwargs: Keyword arguments; none for a batch.
+        label: What to call the task in messages.
+        retries: How many more attempts a retryable error is worth.
+        timeout: Seconds one attempt may take, None for no limit.
+        batch: The future's result is a ``BatchResult``; each item is one call's argument.
+        star: Each item of a batch is a tuple of arguments.
+    """
+
+    fn: Any
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    label: str = "task"
+    retries: int = 0
+    timeout: float | None = None
+    batch: bool = False
+    star: bool = False
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """How a batch ended.
+
+    Attributes:
+        results: Results of the first calls, None where one raised; shorter than the batch if its worker died.
+        errors: What the calls at these indices raised.
+        seconds: Time the calls took in the worker.
+        lost: Why the calls beyond ``results`` were not made, or not heard of.
+    """
+
+    results: list[Any]
+    errors: dict[int, BaseException]
+    seconds: float
+    lost: WorkerLostError | None = None
+
+
+@dataclass
+class Tally:
+    """What an engine has counted so far."""
+
+    done: int = 0
+    failed: int = 0
+    retried: int = 0
+    workers_lost: int = 0
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """How each worker begins.
+
+    Attributes:
+        initializer: Called once in each worker, after its session is there.
+        initargs: Arguments for it.
+        env: Environment variables of the workers, set before anything is imported there.
+        allowed_hosts: Hosts a worker may send the token to; empty for the origin of the call.
+    """
+
+    initializer: Callable[..., object] | None = None
+    initargs: tuple[Any, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    allowed_hosts: tuple[str, ...] = ()
+
+
+class Engine(Protocol):
+    """Runs tasks.
+
+    Attributes:
+        tally: What it has counted.
+        on_refused: Called with each generation a worker reports as refused; set before ``start()``.
+        on_end: Called once after the last worker has ended; set before ``start()``.
+    """
+
+    tally: Tally
+    on_refused: Callable[[int], None]
+    on_end: Callable[[], None]
+
+    @property
+    def channel(self) -> TokenChannel:
+        """Where the workers' token is published; there before ``start()``."""
+
+    @property
+    def workers(self) -> int:
+        """How many tasks can run at once."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Tell whether it is shut down and nothing of it is left."""
+
+    @property
+    def backlog(self) -> int:
+        """How many tasks are not settled yet."""
+
+    def start(self) -> None:
+        """Launch the workers; returns without waiting for them."""
+
+    def prepare(self, fn: Callable[..., Any]) -> Any:  # noqa: ANN401 - the engine's own form of a function
+        """Return what stands for a function in tasks; pickled once where that is needed."""
+
+    def submit(self, task: Task) -> Future[Any]:
+        """Run a task; errors of pickling are the future's too.
+
+        Raises:
+            RuntimeError: The engine is shut down.
+            InitializerError: The workers cannot be initialised.
+        """
+
+    def shutdown(self, *, cancel: bool = False, kill: bool = False) -> None:
+        """Take no more tasks; end once those there are done. Returns at once.
+
+        Args:
+            cancel: Cancel the tasks that have not begun.
+            kill: Stop the running ones too.
+        """
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the end that ``shutdown`` asked for; tell whether it came."""

@@ -1,0 +1,472 @@
+"""The crew: worker processes of this machine, each on a lifeline of its own.
+
+loky starts the processes; it does not carry the tasks. Whatever happens to one worker is between it and this
+module: a crash costs one worker and one task. One thread, the loop, reads all lifelines and the clock; ``submit``
+sends from the caller's thread when a worker is idle, so a lone task takes one hop.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import hashlib
+import heapq
+import itertools
+import logging
+import os
+import select
+import threading
+import time
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, cast
+
+from shpool.board import anonymous_board
+from shpool.engines.base import BatchResult, Tally, WorkerSetup
+from shpool.engines.member import Flight, Member, PackedFunction
+from shpool.engines.serve import Kind, dump_setup, encode
+from shpool.errors import (
+    InitializerError,
+    TaskError,
+    TaskTerminatedError,
+    TaskTimeoutError,
+    UnpicklableError,
+    WorkerLostError,
+)
+from shpool.retry import Backoff, is_retryable, retry_after_of
+from shpool.sharing import BoardChannel
+from shpool.worker import dump, load, load_error, shortened
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from shpool.engines.base import Task
+    from shpool.engines.serve import Message
+    from shpool.sharing import TokenChannel
+
+logger = logging.getLogger(__name__)
+
+_TINY = 0.002  # s; only while tasks are shorter does more than one travel to a worker at a time
+_MOST_UNDER_WAY = 4  # tiny tasks at a worker: enough to hide a round trip (measured: 2 give 99,000/s, 4 183,000/s)
+_MOST_FALSE_STARTS = 3  # workers in a row that die before they are ready: then the machine or the code is at fault
+_STOP_WITHIN = 5.0  # s a worker may take to end by itself
+_LONGEST_NAP = 3600.0  # s
+
+
+class Crew:
+    """The loky engine.
+
+    Args:
+        workers: Number of worker processes.
+        setup: How each of them begins.
+        blanked: Environment variables they must not inherit.
+    """
+
+    def __init__(self, workers: int, setup: WorkerSetup | None = None, *, blanked: Sequence[str] = ()) -> None:
+        self.workers = workers
+        self._setup = setup or WorkerSetup()
+        self._pickled_setup = dump_setup(self._setup)
+        self._blanked = tuple(blanked)
+        self.on_refused: Callable[[int], None] = lambda _: None
+        self.on_end: Callable[[], None] = lambda: None
+        self._board = anonymous_board()
+        self._channel = BoardChannel(self._board)
+        self._numbers = itertools.count(1)
+        self._backoff = Backoff(base=0.1, cap=10.0)
+        self._thread = threading.Thread(target=self._loop, name="shpool-crew", daemon=True)
+        self._poll = select.poll()  # the loop's alone
+        self._bell_in, self._bell_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._owner = os.getpid()
+
+        self._lock = threading.Lock()  # guards all that follows
+        self._members: dict[int, Member] = {}  # by the lifeline's descriptor
+        self._queue: collections.deque[Flight] = collections.deque()
+        self._delayed: list[tuple[float, int, Flight]] = []  # a heap
+        self._pending = 0  # flights whose future is not settled
+        self._timed = 0  # of these, how many have a timeout
+        self._false_starts = 0
+        self._is_closing = self._is_killing = self._has_ended = False
+        self._fatal: Exception | None = None
+        self._is_rung = False
+        self.tally = Tally()
+
+    @property
+    def channel(self) -> TokenChannel:
+        """The anonymous board all workers read."""
+        return self._channel
+
+    @property
+    def has_ended(self) -> bool:
+        """Tell whether the loop is over."""
+        return self._has_ended
+
+    @property
+    def backlog(self) -> int:
+        """How many tasks are not settled yet."""
+        return self._pending
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers that are there now."""
+        with self._lock:
+            return [member.pid for member in self._members.values()]
+
+    def start(self) -> None:
+        """Launch the workers from the loop's thread; returns at once."""
+        self._thread.start()
+
+    def prepare(self, fn: Callable[..., Any]) -> PackedFunction:
+        """Pickle a function.
+
+        Raises:
+            UnpicklableError: It cannot be pickled.
+        """
+        try:
+            pickled = dump(fn)
+        except Exception as exc:
+            raise UnpicklableError("function", shortened(fn), f"{type(exc).__name__}: {exc}") from exc  # noqa: EM101 - a field
+        return PackedFunction(hashlib.blake2b(pickled, digest_size=16).digest(), pickled)
+
+    def submit(self, task: Task) -> Future[Any]:
+        """Send a task to an idle worker, or queue it."""
+        future: Future[Any] = Future()
+        kind, content = Kind.CALL, cast("object", (task.args, task.kwargs))
+        if task.batch:
+            kind, content = (Kind.BATCH_STAR if task.star else Kind.BATCH), task.args
+        try:
+            payload = dump(content)
+        except Exception as exc:  # noqa: BLE001 - border: pickling runs the arguments' own code
+            future.set_running_or_notify_cancel()
+            future.set_exception(UnpicklableError("arguments", shortened(content), f"{type(exc).__name__}: {exc}"))
+            return future
+        flight = Flight(task, next(self._numbers), task.fn, kind, payload, future)
+        with self._lock:
+            self._refuse_if_over()
+            self._pending += 1
+            self._timed += task.timeout is not None
+            self._queue.append(flight)
+            if self._assign():
+                self._ring()
+        return future
+
+    def shutdown(self, *, cancel: bool = False, kill: bool = False) -> None:
+        """Take no more tasks; see ``Engine.shutdown``. Returns at once."""
+        with self._lock:
+            self._is_closing = True
+            self._is_killing |= kill
+            dropped = [*self._queue, *(flight for _, _, flight in self._delayed)] if cancel or kill else []
+            if dropped:
+                self._queue.clear()
+                self._delayed.clear()
+            self._ring()
+        for flight in dropped:
+            if not flight.future.cancel():  # it ran before, and waits for another attempt
+                self._settle(flight, TaskTerminatedError(flight.task.label))
+            else:
+                flight.future.set_running_or_notify_cancel()
+                self._forget(flight)
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the loop's end."""
+        if self._thread.ident is not None and threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    # What follows runs under the lock, decides and sends; it calls nobody's code.
+
+    def _refuse_if_over(self) -> None:
+        if self._fatal is not None:
+            raise self._fatal
+        if self._is_closing or self._has_ended:
+            msg = "cannot schedule new futures after shutdown"
+            raise RuntimeError(msg)
+
+    def _assign(self) -> bool:
+        """Send queued flights to workers with room; tell whether the loop must send the rest of a message."""
+        has_unsent = False
+        while self._queue:
+            member = self._roomiest()
+            if member is None:
+                break
+            flight = self._queue.popleft()
+            if not flight.is_running and not flight.future.set_running_or_notify_cancel():
+                self._pending -= 1
+                self._timed -= flight.task.timeout is not None
+                continue
+            flight.is_running = True
+            if not member.flights:
+                member.head_since = time.monotonic()
+            member.flights.append(flight)
+            member.send(member.message_for(flight))
+            if member.is_gone:  # it had died before; the loop will hear of it
+                self._queue.appendleft(member.flights.pop())
+            has_unsent |= member.has_unsent
+        return has_unsent or (self._timed > 0)
+
+    def _roomiest(self) -> Member | None:
+        """Return the worker to send to next: an idle one, else one at tiny tasks that can take one more."""
+        best: Member | None = None
+        for member in self._members.values():
+            if not member.is_ready or member.is_gone or member.doom is not None:
+                continue
+            if not member.flights:
+                return member
+            is_tiny = member.pace is not None and member.pace < _TINY
+            if is_tiny and len(member.flights) < _MOST_UNDER_WAY and not member.has_unsent:
+                best = member if best is None or len(member.flights) < len(best.flights) else best
+        return best
+
+    def _ring(self) -> None:
+        if not self._is_rung and not self._has_ended:
+            self._is_rung = True
+            with contextlib.suppress(BlockingIOError):
+                os.write(self._bell_out, b"!")
+
+    # What follows runs in the loop's thread.
+
+    def _loop(self) -> None:
+        """Serve the crew until it is over; whatever happens, no future is left waiting."""
+        self._poll.register(self._bell_in, select.POLLIN)
+        try:
+            while not self._is_over():
+                self._launch_one_missing()
+                self._read_what_came(self._poll.poll(self._nap_ms()))
+                self._mind_the_clock()
+            self._stop_members()
+        except BaseException as exc:
+            logger.exception("the pool's loop has failed")
+            self._fail_all(RuntimeError(f"the pool has failed: {type(exc).__name__}: {exc}"))
+            self._stop_members()
+            raise
+        finally:
+            self._end()
+
+    def _is_over(self) -> bool:
+        with self._lock:
+            return self._fatal is not None or self._is_killing or (self._is_closing and self._pending == 0)
+
+    def _launch_one_missing(self) -> None:
+        """Launch a worker if one is missing; one at a time, so that those already there are heard meanwhile."""
+        if len(self._members) >= self.workers or (self._is_closing and len(self._members) >= self._pending):
+            return
+        try:
+            member = Member.launch(self._board, self._pickled_setup, self._setup.env, self._blanked)
+        except OSError as exc:
+            if not self._members:
+                self._fail_all(InitializerError(f"no worker process can be started: {exc}"))
+            logger.warning("a worker process cannot be started: %s", exc)
+            return
+        self._poll.register(member.fileno(), select.POLLIN)
+        with self._lock:
+            self._members[member.fileno()] = member
+
+    def _nap_ms(self) -> float:
+        with self._lock:
+            if len(self._members) < self.workers and not self._is_closing:
+                return 0.0
+            moments = [self._delayed[0][0]] if self._delayed else []
+            if self._timed:
+                moments += [limit for limit, _ in self._limits()]
+        if not moments:
+            return _LONGEST_NAP * 1000
+        return max(0.0, min(moments) - time.monotonic()) * 1000 + 1
+
+    def _limits(self) -> list[tuple[float, Member]]:
+        """Return when each running task with a timeout must be stopped; under the lock."""
+        return [
+            (member.head_since + member.flights[0].task.timeout, member)
+            for member in self._members.values()
+            if member.flights and member.doom is None and member.flights[0].task.timeout is not None
+        ]
+
+    def _read_what_came(self, events: list[tuple[int, int]]) -> None:
+        for descriptor, event in events:
+            if descriptor == self._bell_in:
+                with self._lock:
+                    self._is_rung = False
+                    os.read(self._bell_in, 64)
+                    self._watch_unsent()
+                continue
+            member = self._members[descriptor]
+            with self._lock:
+                if event & select.POLLOUT:
+                    member.flush()
+                    self._watch(member)
+                messages = member.receive()
+                answers = [(self._land(member, message), message) for message in messages]
+                self._assign()
+                self._watch_unsent()
+            for flight, message in answers:
+                self._take(member, flight, message)
+            if member.is_gone:
+                self._lose(member)
+
+    def _watch_unsent(self) -> None:
+        for member in self._members.values():
+            if member.has_unsent:
+                self._watch(member)
+
+    def _watch(self, member: Member) -> None:
+        self._poll.modify(member.fileno(), select.POLLIN | (select.POLLOUT if member.has_unsent else 0))
+
+    def _land(self, member: Member, message: Message) -> Flight | None:
+        """Take a message's effect on the worker's state; under the lock. Returns the flight it answers."""
+        if message.kind == Kind.READY:
+            member.is_ready = True
+            self._false_starts = 0
+        if message.kind not in {Kind.RESULT, Kind.ERROR}:
+            return None
+        flight = member.flights.popleft()
+        if not flight.task.batch:
+            member.note_pace(message.seconds)
+        return flight
+
+    def _take(self, member: Member, flight: Flight | None, message: Message) -> None:
+        """Act on a message; outside the lock."""
+        if flight is not None:
+            self._take_answer(flight, message)
+        elif message.kind == Kind.REFUSED:
+            self.on_refused(message.number)
+        elif message.kind == Kind.UNFIT:
+            error = load_error(bytes(message.payload))
+            unfit = InitializerError(f"{type(error).__name__}: {error}")
+            unfit.__cause__ = error.__cause__
+            self._fail_all(unfit)
+        elif message.kind == Kind.READY:
+            logger.debug("worker %d is ready", member.pid)
+
+    def _take_answer(self, flight: Flight, message: Message) -> None:
+        if message.kind == Kind.ERROR:
+            error = load_error(bytes(message.payload))
+            if not self._try_again(flight, error):
+                self._settle(flight, error)
+            return
+        try:
+            result = load(message.payload)
+            if flight.task.batch:
+                results, errors = result
+                errors = {index: load_error(pickled) for index, pickled in errors.items()}
+                result = BatchResult(results, errors, message.seconds)
+        except Exception as exc:  # noqa: BLE001 - border: unpickling runs the result's own code
+            reason = f"it cannot be unpickled in the parent: {type(exc).__name__}: {exc}"
+            self._settle(flight, UnpicklableError("result", f"the result of {flight.task.label}", reason))
+        else:
+            self._settle(flight, None, result)
+
+    def _try_again(self, flight: Flight, error: BaseException) -> bool:
+        """Queue another attempt where the task's retries and the error allow one; tell whether."""
+        flight.attempts += 1
+        if flight.attempts > flight.task.retries or not is_retryable(error):
+            return False
+        delay = max(self._backoff.delay(flight.attempts - 1), retry_after_of(error, now=time.time()) or 0.0)
+        with self._lock:
+            if self._is_closing and self._is_killing:
+                return False
+            self.tally.retried += 1
+            heapq.heappush(self._delayed, (time.monotonic() + delay, flight.number, flight))
+        text = "%s failed with %s; attempt %d of %d in %.1f s"
+        logger.warning(
+            text, flight.task.label, type(error).__name__, flight.attempts + 1, flight.task.retries + 1, delay
+        )
+        return True
+
+    def _settle(self, flight: Flight, error: BaseException | None, result: object = None) -> None:
+        """Give the future its end; its callbacks run here, so outside the lock."""
+        with self._lock:
+            if error is None:
+                self.tally.done += 1
+            else:
+                self.tally.failed += 1
+        if error is None:
+            flight.future.set_result(result)
+        else:
+            flight.future.set_exception(error)
+        self._forget(flight)
+
+    def _forget(self, flight: Flight) -> None:
+        with self._lock:
+            self._pending -= 1
+            self._timed -= flight.task.timeout is not None
+            if self._is_closing and self._pending == 0:
+                self._ring()
+
+    def _lose(self, member: Member) -> None:
+        """A worker is gone: its running task has failed, what waited behind it goes back to the queue's head."""
+        self._poll.unregister(member.fileno())
+        with self._lock:
+            del self._members[member.fileno()]
+            head = member.flights.popleft() if member.flights and member.is_ready else None
+            self._queue.extendleft(reversed(member.flights))
+            self._false_starts += not member.is_ready
+            self.tally.workers_lost += 1
+        exitcode = member.reap()
+        logger.warning("worker %d ended with exit code %s", member.pid, exitcode)
+        if self._false_starts >= _MOST_FALSE_STARTS:
+            self._fail_all(InitializerError(f"workers end before they are ready, the last with exit code {exitcode}"))
+        if head is None:
+            return
+        if member.doom is None:
+            self._take_loss(head, WorkerLostError(head.task.label, member.pid, exitcode, None, head.attempts + 1))
+        elif member.doom.flight is head:
+            self._take_loss(head, member.doom.error)
+        else:  # the doomed task had just ended, and the next one was hit in its place
+            with self._lock:
+                self._queue.appendleft(head)
+
+    def _take_loss(self, flight: Flight, error: TaskError) -> None:
+        if flight.task.batch and isinstance(error, WorkerLostError):
+            self._settle(flight, None, BatchResult([], {}, 0.0, lost=error))
+        elif not self._try_again(flight, error):
+            self._settle(flight, error)
+
+    def _mind_the_clock(self) -> None:
+        """Stop tasks that ran too long; queue those whose pause is over."""
+        now = time.monotonic()
+        with self._lock:
+            while self._delayed and self._delayed[0][0] <= now:
+                self._queue.append(heapq.heappop(self._delayed)[2])
+            late = [member for limit, member in self._limits() if limit <= now] if self._timed else []
+            self._assign()
+            self._watch_unsent()
+            for member in late:
+                flight = member.flights[0]
+                member.condemn(flight, TaskTimeoutError(flight.task.label, flight.task.timeout or 0.0))
+
+    def _fail_all(self, error: Exception) -> None:
+        """The pool is beyond help: all its futures get this error, and so does every later submit."""
+        with self._lock:
+            self._fatal = error
+            flights = [*self._queue, *(flight for _, _, flight in self._delayed)]
+            self._queue.clear()
+            self._delayed.clear()
+        for flight in flights:
+            if flight.is_running or flight.future.set_running_or_notify_cancel():
+                self._settle(flight, error)
+            else:
+                self._forget(flight)
+
+    def _stop_members(self) -> None:
+        """End the workers: by request if they are idle, by SIGKILL if not, or if they take too long."""
+        with self._lock:
+            members = list(self._members.values())
+            self._members.clear()
+        running = [flight for member in members for flight in member.flights]
+        for member in members:
+            if member.flights or not member.is_ready:
+                member.kill()
+            else:
+                member.send(encode(Kind.STOP))
+        for flight in running:
+            self._settle(flight, self._fatal or TaskTerminatedError(flight.task.label))
+        give_up = time.monotonic() + _STOP_WITHIN
+        for member in members:
+            self._poll.unregister(member.fileno())
+            member.await_end(max(0.0, give_up - time.monotonic()))
+            member.reap()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._has_ended = True
+            os.close(self._bell_in)
+            os.close(self._bell_out)
+        self.on_end()
+        self._channel.close()

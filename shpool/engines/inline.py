@@ -1,0 +1,117 @@
+"""The inline engine: tasks run in the caller's process, at once and one by one; for debugging and for tests."""
+
+from __future__ import annotations
+
+import functools
+import time
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from shpool.board import anonymous_board
+from shpool.engines.base import BatchResult, Tally, WorkerSetup
+from shpool.errors import InitializerError
+from shpool.retry import Backoff, is_retryable, retry_after_of
+from shpool.sharing import BoardChannel, SharedSession, adopt_session
+from shpool.worker import call_each, load_error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from shpool.engines.base import Task
+    from shpool.sharing import TokenChannel
+
+
+class Inline:
+    """Run each task inside ``submit``. A timeout cannot stop what runs in the caller's own thread, and is not kept.
+
+    Args:
+        setup: How the one worker, this process, begins.
+    """
+
+    workers = 1
+    backlog = 0
+
+    def __init__(self, setup: WorkerSetup | None = None) -> None:
+        self._setup = setup or WorkerSetup()
+        self.on_refused: Callable[[int], None] = lambda _: None
+        self.on_end: Callable[[], None] = lambda: None
+        board = anonymous_board()
+        self._channel = BoardChannel(board)
+        self._session = SharedSession(
+            board.reader(),
+            report=lambda generation: self.on_refused(generation),
+            allowed_hosts=self._setup.allowed_hosts,
+        )
+        self._former: SharedSession | None = None
+        self._backoff = Backoff(base=0.1, cap=10.0)
+        self._is_begun = self.has_ended = False
+        self.tally = Tally()
+
+    @property
+    def channel(self) -> TokenChannel:
+        """A board in this process's own memory."""
+        return self._channel
+
+    def start(self) -> None:
+        """Make the shared session this process's own."""
+        self._former = adopt_session(self._session)
+
+    def prepare(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function as it is."""
+        return fn
+
+    def submit(self, task: Task) -> Future[Any]:
+        """Run the task now; the future is done when this returns."""
+        if self.has_ended:
+            msg = "cannot schedule new futures after shutdown"
+            raise RuntimeError(msg)
+        self._begin()
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+        run = functools.partial(self._run_batch if task.batch else self._run, task)
+        try:
+            future.set_result(run())
+        except BaseException as exc:  # noqa: BLE001 - border: a task may raise anything
+            self.tally.failed += 1
+            future.set_exception(exc)
+        else:
+            self.tally.done += 1
+        return future
+
+    def shutdown(self, *, cancel: bool = False, kill: bool = False) -> None:  # noqa: ARG002 - nothing is ever pending
+        """Give the process its former session back."""
+        if not self.has_ended:
+            self.has_ended = True
+            adopt_session(self._former)
+            self.on_end()
+            self._channel.close()
+
+    def join(self, timeout: float | None = None) -> bool:  # noqa: ARG002 - as above
+        """Return at once."""
+        return self.has_ended
+
+    def _begin(self) -> None:
+        if not self._is_begun and self._setup.initializer is not None:
+            try:
+                self._setup.initializer(*self._setup.initargs)
+            except Exception as exc:
+                raise InitializerError(f"{type(exc).__name__}: {exc}") from exc  # noqa: EM102, TRY003 - a field
+        self._is_begun = True
+
+    def _run(self, task: Task) -> object:
+        for attempt in range(task.retries + 1):
+            try:
+                return task.fn(*task.args, **task.kwargs)
+            except Exception as exc:  # noqa: PERF203 - an attempt each
+                if attempt == task.retries or not is_retryable(exc):
+                    raise
+                self.tally.retried += 1
+                time.sleep(max(self._backoff.delay(attempt), retry_after_of(exc, now=time.time()) or 0.0))
+        raise AssertionError  # the loop returns or raises
+
+    @staticmethod
+    def _run_batch(task: Task) -> BatchResult:
+        begun = time.perf_counter()
+        results, errors = call_each(task.fn, task.args, star=task.star)
+        seconds = time.perf_counter() - begun
+        return BatchResult(results, {index: load_error(data) for index, data in errors.items()}, seconds)

@@ -1,0 +1,212 @@
+"""One worker of the crew, seen from the parent: its process, its lifeline, and what is under way to it."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import select
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from shpool.engines.serve import RECEIVE_SIZE, Kind, LifelineHandle, MessageBuffer, encode, work
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from concurrent.futures import Future
+
+    from shpool.board import Board
+    from shpool.engines.base import Task
+    from shpool.engines.serve import Message
+    from shpool.errors import TaskError
+
+_REAP_WITHIN = 2.0  # s between the end of a lifeline and the end of its process
+_MOST_FUNCTIONS = 128  # a worker keeps at a time
+_PACE_MEMORY = 0.2  # share of the newest task time in the running mean
+
+
+class PackedFunction(NamedTuple):
+    """A function as it travels."""
+
+    key: bytes
+    pickled: bytes
+
+
+@dataclass(eq=False)
+class Flight:
+    """A task under way: pickled, numbered, and with its attempts so far."""
+
+    task: Task
+    number: int
+    function: PackedFunction
+    kind: Kind
+    payload: bytes
+    future: Future[Any]
+    attempts: int = 0
+    is_running: bool = False
+
+
+class Doom(NamedTuple):
+    """Why a worker was killed: to stop this flight, which then ends with this error."""
+
+    flight: Flight
+    error: TaskError
+
+
+class Member:
+    """A worker process and the parent's end of its lifeline.
+
+    Not safe for threads by itself: the crew calls it under its lock.
+
+    Attributes:
+        flights: What was sent and is not answered, oldest first; the first one is running.
+        is_ready: The worker has been initialised.
+        is_gone: The worker's end of the lifeline is closed.
+        doom: Set when the process was killed for the sake of one flight.
+        head_since: Boot of the first flight's run, by ``time.monotonic``.
+        pace: Running mean of seconds a task takes here; None until one was measured.
+    """
+
+    def __init__(self, process: Any, end: socket.socket) -> None:  # noqa: ANN401 - loky has no types
+        self._process = process
+        self._end = end
+        self._incoming = MessageBuffer()
+        self._outbox = bytearray()
+        self.pid: int = process.pid
+        self.flights: collections.deque[Flight] = collections.deque()
+        self.functions: set[bytes] = set()
+        self.is_ready = False
+        self.is_gone = False
+        self.doom: Doom | None = None
+        self.head_since = 0.0
+        self.pace: float | None = None
+
+    @classmethod
+    def launch(cls, board: Board, setup: bytes, env: Mapping[str, str], blanked: Sequence[str]) -> Member:
+        """Start a worker process with loky.
+
+        Raises:
+            OSError: The system starts no more processes or opens no more descriptors.
+        """
+        from loky.backend import get_context
+
+        ours, theirs = socket.socketpair()
+        try:
+            handle = board.handle()
+            process = get_context("loky").Process(
+                target=work,
+                args=(LifelineHandle(theirs), handle, setup, tuple(blanked)),
+                env={**env, **dict.fromkeys(blanked, "")},
+            )
+            # Blocked here, hence in the child from its first instruction on; it unblocks once it ignores ^C.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+                handle.keep_from_others()
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        ours.setblocking(False)
+        return cls(process, ours)
+
+    def fileno(self) -> int:
+        """Return the lifeline's descriptor, for ``poll``."""
+        return self._end.fileno()
+
+    @property
+    def has_unsent(self) -> bool:
+        """Tell whether the worker's socket was full at the last send."""
+        return bool(self._outbox)
+
+    def message_for(self, flight: Flight) -> bytes:
+        """Return the messages that start a flight here, the function included where this worker lacks it."""
+        packed = flight.function
+        prefix = b""
+        if packed.key not in self.functions:
+            if len(self.functions) >= _MOST_FUNCTIONS:  # closures made in a loop must not pile up in the worker
+                self.functions.clear()
+                prefix = encode(Kind.FORGET)
+            self.functions.add(packed.key)
+            prefix += encode(Kind.FUNCTION, payload=packed.pickled, key=packed.key)
+        return prefix + encode(flight.kind, flight.number, flight.payload, key=packed.key)
+
+    def send(self, data: bytes) -> None:
+        """Send what fits now and keep the rest; never blocks, so two full sockets cannot wait for each other."""
+        sent = 0
+        if not self._outbox:
+            try:
+                sent = self._end.send(data)
+            except BlockingIOError:
+                pass
+            except (BrokenPipeError, ConnectionResetError):
+                self.is_gone = True
+                return
+        if sent < len(data):
+            self._outbox += memoryview(data)[sent:]
+
+    def flush(self) -> None:
+        """Send more of what was kept."""
+        try:
+            sent = self._end.send(memoryview(self._outbox)[:RECEIVE_SIZE])
+        except BlockingIOError:
+            return
+        except (BrokenPipeError, ConnectionResetError):
+            sent = len(self._outbox)  # the loop is about to read the end of the stream
+        del self._outbox[:sent]
+
+    def receive(self) -> list[Message]:
+        """Return the messages that have arrived; sets ``is_gone`` at the end of the stream."""
+        messages: list[Message] = []
+        while True:
+            try:
+                data = self._end.recv(RECEIVE_SIZE)
+            except BlockingIOError:
+                return messages
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                self.is_gone = True
+                return messages
+            messages.extend(self._incoming.feed(data))
+            if len(data) < RECEIVE_SIZE:
+                return messages
+
+    def condemn(self, flight: Flight, error: TaskError) -> None:
+        """Kill the process to stop one flight; the end of the lifeline tells when it is gone."""
+        self.doom = Doom(flight, error)
+        self.kill()
+
+    def await_end(self, seconds: float) -> None:
+        """Wait until the worker has closed its end, so many seconds at most; what it still says is dropped."""
+        ended = select.poll()
+        ended.register(self._end.fileno(), select.POLLIN)
+        give_up = time.monotonic() + seconds
+        while not self.is_gone and ended.poll(max(0.0, give_up - time.monotonic()) * 1000):
+            self.receive()
+
+    def note_pace(self, seconds: float) -> None:
+        """Take the time of one task into the running mean."""
+        self.pace = seconds if self.pace is None else self.pace + _PACE_MEMORY * (seconds - self.pace)
+        self.head_since = time.monotonic()
+
+    def kill(self) -> None:
+        """End the process at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)  # not reaped before reap(), so the pid is still its own
+
+    def reap(self) -> int | None:
+        """Let go of the lifeline, wait for the end of the process, return its exit code."""
+        self._end.close()
+        self._process.join(_REAP_WITHIN)
+        if self._process.exitcode is None:
+            self.kill()
+            self._process.join(_REAP_WITHIN)
+        exitcode: int | None = self._process.exitcode
+        return exitcode

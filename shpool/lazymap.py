@@ -1,0 +1,258 @@
+"""``map`` over an engine: lazy, bounded, and in batches sized by what tasks were measured to take.
+
+Items are pulled while fewer than the window's are under way or waiting for the consumer, so an infinite generator
+is welcome and a consumer that sleeps stops the input. A batch grows as long as its tasks prove to be tiny; what a
+lost worker leaves unanswered runs again one by one, so that a task which kills its worker takes nobody along.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+import queue
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from shpool.engines.base import BatchResult, Engine, Task
+from shpool.errors import UnpicklableError
+from shpool.retry import is_retryable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from concurrent.futures import Future
+
+BATCH_SECONDS = 0.03  # what a batch should take: long against a message, short against a person's patience
+LARGEST_BATCH = 32_768  # items; beyond it batches cost memory and gain nothing
+_GROWTH = 8  # times; one batch of tiny tasks says little about the next
+_BATCHES_PER_WORKER = 2  # one running and one at hand
+_END_GAME = 3  # batches each worker should still get of what is known to be left
+
+
+@dataclass(frozen=True)
+class MapOptions:
+    """How a map runs.
+
+    Attributes:
+        chunksize: Items a batch; None adapts.
+        buffersize: Most items pulled and not yet handed out; None for two batches a worker and one.
+        timeout: Seconds from the call within which each result must have come; None for no limit.
+        retries: More attempts for an item that failed retryably.
+        task_timeout: Seconds one attempt of one item may take.
+    """
+
+    chunksize: int | None = None
+    buffersize: int | None = None
+    timeout: float | None = None
+    retries: int = 0
+    task_timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("chunksize", "buffersize"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                msg = f"{name} must be an integer >= 1 or None, not {value!r}"
+                raise ValueError(msg)
+
+    @property
+    def goes_singly(self) -> bool:
+        """Tell whether each item must be a message of its own: a timeout or a crash then hits just one."""
+        return self.chunksize == 1 or self.task_timeout is not None
+
+
+class BatchSizer:
+    """Decide how many items the next batch takes."""
+
+    def __init__(self, workers: int, chunksize: int | None, expected: int | None) -> None:
+        self._workers = workers
+        self._fixed = chunksize
+        self._expected = expected
+        self._size = 1
+        self._seconds_per_item: float | None = None
+
+    def next_size(self, pulled: int) -> int:
+        """Return the size of the next batch, after so many items were pulled."""
+        if self._fixed is not None:
+            return self._fixed
+        if self._expected is None:
+            return self._size
+        left = max(self._expected - pulled, 1)
+        return max(1, min(self._size, math.ceil(left / (self._workers * _END_GAME))))
+
+    def note(self, items: int, seconds: float) -> None:
+        """Learn from a batch that took so long."""
+        if not items:
+            return
+        measured = seconds / items
+        known = self._seconds_per_item
+        self._seconds_per_item = measured if known is None else (known + measured) / 2
+        wanted = int(BATCH_SECONDS / max(self._seconds_per_item, 1e-9))
+        self._size = max(1, min(wanted, items * _GROWTH, LARGEST_BATCH))
+
+
+@dataclass
+class _Batch:
+    items: list[Any]
+    future: Future[Any]
+
+
+class LazyMap:
+    """One call of ``map``: pulls, submits, and hands out."""
+
+    def __init__(
+        self, engine: Engine, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...], options: MapOptions
+    ) -> None:
+        self._engine = engine
+        self._fn = engine.prepare(fn)
+        self._label = getattr(fn, "__qualname__", None) or type(fn).__name__
+        self._star = len(iterables) != 1
+        self._items: Iterator[Any] = zip(*iterables) if self._star else iter(iterables[0])  # noqa: B905 - as builtin map: the shortest ends it
+        self._options = options
+        self._give_up = math.inf if options.timeout is None else time.monotonic() + options.timeout
+        expected = [operator.length_hint(iterable, -1) for iterable in iterables]
+        self._sizer = BatchSizer(
+            engine.workers,
+            1 if options.goes_singly else options.chunksize,
+            min(expected) if min(expected) >= 0 else None,
+        )
+        self._batches_at_most = max(engine.workers * _BATCHES_PER_WORKER + 1, 2)
+        if options.goes_singly:
+            self._batches_at_most *= 4
+        self._under_way: deque[_Batch] = deque()
+        self._pulled = 0
+        self._held = 0  # items pulled and not yet handed out
+        self._input_error: BaseException | None = None
+        self._is_exhausted = False
+        self._landed: queue.SimpleQueue[_Batch] = queue.SimpleQueue()
+        self._fill()
+
+    def in_order(self) -> Iterator[Any]:
+        """Yield the results in the order of the items."""
+        try:
+            while self._under_way:
+                batch = self._under_way.popleft()
+                yield from self._results_of(batch)
+                self._held -= len(batch.items)
+                self._fill()
+            self._raise_input_error()
+        finally:
+            self._cancel_rest()
+
+    def as_completed(self) -> Iterator[Any]:
+        """Yield the results as they come."""
+        for batch in self._under_way:
+            self._announce(batch)
+        try:
+            while self._under_way:
+                batch = self._next_landed()
+                self._under_way.remove(batch)
+                yield from self._results_of(batch)
+                self._held -= len(batch.items)
+                for new in self._fill():
+                    self._announce(new)
+            self._raise_input_error()
+        finally:
+            self._cancel_rest()
+
+    def _fill(self) -> list[_Batch]:
+        """Pull and submit as much as the window allows; return the new batches."""
+        new = []
+        while not self._is_exhausted and len(self._under_way) < self._batches_at_most:
+            size = self._sizer.next_size(self._pulled)
+            if self._options.buffersize is not None:
+                size = min(size, self._options.buffersize - self._held)
+            if size < 1:
+                break
+            items = self._pull(size)
+            if items:
+                new.append(self._submit(items))
+                self._under_way.append(new[-1])
+        return new
+
+    def _pull(self, size: int) -> list[Any]:
+        items: list[Any] = []
+        try:
+            items.extend(itertools.islice(self._items, size))
+        except BaseException as exc:  # noqa: BLE001 - raised where the consumer has taken what came before it
+            self._input_error = exc
+        if len(items) < size:
+            self._is_exhausted = True
+        self._pulled += len(items)
+        self._held += len(items)
+        return items
+
+    def _submit(self, items: list[Any]) -> _Batch:
+        if self._options.goes_singly:
+            return _Batch(items, self._submit_one(items[0], self._options.retries))
+        task = Task(self._fn, items, label=self._label, batch=True, star=self._star)
+        return _Batch(items, self._engine.submit(task))
+
+    def _submit_one(self, item: Any, retries: int) -> Future[Any]:  # noqa: ANN401 - the user's own items
+        args = item if self._star else (item,)
+        return self._engine.submit(
+            Task(self._fn, args, label=self._label, retries=retries, timeout=self._options.task_timeout)
+        )
+
+    def _results_of(self, batch: _Batch) -> Iterator[Any]:
+        """Yield a batch's results; what failed retryably or went unanswered runs again, item by item."""
+        if self._options.goes_singly:
+            yield self._wait(batch.future)
+            return
+        try:
+            outcome: BatchResult = self._wait(batch.future)
+        except UnpicklableError:
+            outcome = BatchResult([], {}, 0.0)  # one item spoils the batch; alone, each answers for itself
+        self._sizer.note(len(outcome.results), outcome.seconds)
+        if not outcome.errors and len(outcome.results) == len(batch.items):
+            yield from outcome.results
+        else:
+            yield from self._mend(batch.items, outcome)
+
+    def _mend(self, items: list[Any], outcome: BatchResult) -> Iterator[Any]:
+        retries = self._options.retries
+        again: dict[int, Future[Any]] = {}
+        for index, error in outcome.errors.items():
+            if retries and is_retryable(error):
+                again[index] = self._submit_one(items[index], retries - 1)
+        if outcome.lost is not None and len(items) == 1:
+            if not retries:
+                raise outcome.lost
+            again[0] = self._submit_one(items[0], retries - 1)
+        else:
+            for index in range(len(outcome.results), len(items)):
+                again[index] = self._submit_one(items[index], retries)
+        try:
+            for index in range(len(items)):
+                if index in again:
+                    yield self._wait(again.pop(index))
+                elif index in outcome.errors:
+                    raise outcome.errors[index]
+                else:
+                    yield outcome.results[index]
+        finally:
+            for future in again.values():
+                future.cancel()
+
+    def _wait(self, future: Future[Any]) -> Any:  # noqa: ANN401 - the user's own results
+        if self._give_up == math.inf:
+            return future.result()
+        return future.result(max(0.0, self._give_up - time.monotonic()))
+
+    def _next_landed(self) -> _Batch:
+        try:
+            return self._landed.get(timeout=None if self._give_up == math.inf else self._give_up - time.monotonic())
+        except (queue.Empty, ValueError):
+            raise TimeoutError from None
+
+    def _announce(self, batch: _Batch) -> None:
+        batch.future.add_done_callback(lambda _: self._landed.put(batch))
+
+    def _raise_input_error(self) -> None:
+        if self._input_error is not None:
+            raise self._input_error
+
+    def _cancel_rest(self) -> None:
+        for batch in self._under_way:
+            batch.future.cancel()

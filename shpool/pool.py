@@ -1,0 +1,414 @@
+"""The pool: owns the session's sharing and the engine, starts them together, ends them in order."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from shpool.engines.base import Engine, Task, WorkerSetup
+from shpool.errors import TokenUnavailableError
+from shpool.lazymap import LazyMap, MapOptions
+from shpool.refresh import State
+from shpool.sharing import NamedChannel, SharingThread, TeeChannel
+from shpool.sources import source_of
+from shpool.tokens import SYSTEM_CLOCK
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import ParamSpec, Self
+
+    from shpool.sources import Session
+
+    P = ParamSpec("P")
+T = TypeVar("T")
+
+# Never inherited by workers; besides these, any variable whose value is the session's own secret.
+_SECRET_VARIABLES = ("SH_CLIENT_SECRET", "SHPOOL_CLIENT_SECRET")
+_ENGINES = ("loky", "inline")
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """What a pool has done so far, and how its token stands.
+
+    Attributes:
+        state: ``new``, ``running``, ``closing`` or ``closed``.
+        workers: How many tasks can run at once.
+        tasks_pending: Submitted and not settled.
+        tasks_done: Ended with a result; a batch of ``map`` counts as one.
+        tasks_failed: Ended with an error.
+        tasks_retried: Attempts after the first.
+        workers_lost: Workers that died and were replaced.
+        logins: Tokens shared so far, the first included.
+        refreshes: Of these, the ones after the first.
+        login_failures: Logins that failed.
+        last_error: Text of the last login error, None once a login worked again.
+        token_state: ``fresh``, ``stale``, ``expired`` or ``refused``.
+        generation: Number of the token in use, 0 before the first.
+        token_remaining: Seconds it has left, None before the first.
+    """
+
+    state: str
+    workers: int
+    tasks_pending: int
+    tasks_done: int
+    tasks_failed: int
+    tasks_retried: int
+    workers_lost: int
+    logins: int
+    refreshes: int
+    login_failures: int
+    last_error: str | None
+    token_state: str
+    generation: int
+    token_remaining: float | None
+
+
+class _Submitting(Executor):
+    """``submit`` and ``map`` with given retries and timeout; what the pool and its views have in common."""
+
+    _retries: int
+    _timeout: float | None
+
+    def _running_engine(self) -> Engine:
+        raise NotImplementedError
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Run ``fn(*args, **kwargs)`` in a worker.
+
+        Returns:
+            A future; an error of the task arrives with the worker's traceback as its ``__cause__``.
+
+        Raises:
+            LoginError: The first submit starts the pool, and the login failed.
+            RuntimeError: The pool is shut down.
+            TokenUnavailableError: The token has expired and the provider refuses to give another.
+            UnpicklableError: The function cannot be pickled.
+        """
+        engine = self._running_engine()
+        label = getattr(fn, "__qualname__", None) or type(fn).__name__
+        return engine.submit(
+            Task(engine.prepare(fn), args, kwargs, label=label, retries=self._retries, timeout=self._timeout)
+        )
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int | None = None,
+        buffersize: int | None = None,
+    ) -> Iterator[T]:
+        """Yield ``fn`` of each item, in order; lazy and bounded, so infinite iterables are welcome.
+
+        Args:
+            fn: Called with one item of each iterable.
+            *iterables: As for the built-in ``map``; the shortest ends it.
+            timeout: Seconds from this call within which a result must have come.
+            chunksize: Items sent together; None adapts to what the tasks take, 1 isolates each.
+            buffersize: Most items pulled from the iterables and not yet yielded; None for a few batches a worker.
+
+        Raises:
+            TimeoutError: From the iterator, when a result is not there in time.
+            ValueError: ``chunksize`` or ``buffersize`` is less than 1.
+        """
+        return self._lazy_map(fn, iterables, MapOptions(chunksize, buffersize, timeout)).in_order()
+
+    def map_unordered(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int | None = None,
+        buffersize: int | None = None,
+    ) -> Iterator[T]:
+        """Yield the results as they come; else as ``map``."""
+        return self._lazy_map(fn, iterables, MapOptions(chunksize, buffersize, timeout)).as_completed()
+
+    def _lazy_map(self, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...], options: MapOptions) -> LazyMap:
+        if not iterables:
+            msg = "map needs at least one iterable"
+            raise TypeError(msg)
+        complete = MapOptions(options.chunksize, options.buffersize, options.timeout, self._retries, self._timeout)
+        return LazyMap(self._running_engine(), fn, iterables, complete)
+
+
+class AuthenticatedProcessPool(_Submitting):
+    """A process pool whose workers share one login. A ``concurrent.futures.Executor``.
+
+    A class of its own and no wrapper of one: the login, its refreshing and the workers must start and end together.
+
+    Args:
+        session: What logs in: an ``OAuthSession``, another object with a ``token`` refreshed on read, or a function
+            that returns a token mapping.
+        max_workers: Number of worker processes; None for the processors this process may use.
+        engine: ``loky`` for worker processes on this machine, ``inline`` for the caller's own process.
+        memory_name: Also share the session under this name, for other processes of the user.
+        initializer: Called once in each worker, after its session is there.
+        initargs: Arguments for it.
+        env: Environment variables of the workers, set before anything is imported there.
+        retries: More attempts for a task that failed for a passing reason: a lost worker, a timeout, a connection
+            error, HTTP 408, 425, 429 or 5xx. Programming errors are never retried.
+        timeout: Seconds one attempt of a task may take before its worker is stopped; None for no limit.
+
+    Raises:
+        ValueError: A setting is out of range, or the session does not refresh its token.
+        TypeError: The session is none.
+    """
+
+    def __init__(  # noqa: PLR0913 - the contract; all but two are keyword-only
+        self,
+        session: Session,
+        max_workers: int | None = None,
+        *,
+        engine: str = "loky",
+        memory_name: str | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        env: Mapping[str, str] | None = None,
+        retries: int = 0,
+        timeout: float | None = None,
+    ) -> None:
+        source_of(session)
+        self._retries, self._timeout = _checked_policy(retries, timeout)
+        self._workers = _checked_workers(max_workers)
+        if engine not in _ENGINES:
+            msg = f"engine must be one of {', '.join(_ENGINES)}, not {engine!r}"
+            raise ValueError(msg)
+        if initializer is not None and not callable(initializer):
+            msg = "initializer must be callable"  # type: ignore[unreachable]  # callers without a type checker
+            raise TypeError(msg)
+        self._session = session
+        self._engine_name = engine
+        self._memory_name = memory_name
+        hosts = tuple(getattr(session, "allowed_hosts", ()))
+        self._setup = WorkerSetup(initializer, tuple(initargs), dict(env or {}), hosts)
+        self._lock = threading.RLock()  # guards the four below; held while starting, so that it happens once
+        self._state = "new"
+        self._engine: Engine | None = None
+        self._sharing: SharingThread | None = None
+        self._owner = os.getpid()
+
+    # Life
+
+    def __enter__(self) -> Self:
+        """Launch the workers, log in meanwhile, share the token.
+
+        Raises:
+            LoginError: The first login failed; the workers are gone again then.
+        """
+        self._running_engine()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait for all tasks and end; on ^C or another exit, stop them at once."""
+        if kind is not None and not issubclass(kind, Exception):
+            self.terminate()
+        else:
+            self.shutdown(wait=True)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002 - the Executor's signature
+        """Take no more tasks, finish those there are, end the workers and the sharing.
+
+        Args:
+            wait: Return only when all is gone; else it goes by itself once the tasks are done.
+            cancel_futures: Cancel the tasks that have not begun.
+        """
+        self._close(cancel=cancel_futures, kill=False, wait=wait)
+
+    def terminate(self) -> None:
+        """Stop all tasks now, running ones too, and end."""
+        self._close(cancel=True, kill=True, wait=True)
+
+    def options(self, *, retries: int | None = None, timeout: float | None = None) -> PoolView:
+        """Return a view of this pool with other defaults for its tasks.
+
+        Args:
+            retries: As for the pool; None keeps the pool's.
+            timeout: As for the pool; None keeps the pool's.
+        """
+        retries, timeout = _checked_policy(
+            self._retries if retries is None else retries, self._timeout if timeout is None else timeout
+        )
+        return PoolView(self, retries, timeout)
+
+    def stats(self) -> PoolStats:
+        """Return what the pool has done so far, and how its token stands."""
+        with self._lock:
+            state, engine, sharing = self._state, self._engine, self._sharing
+        if state == "closing" and (engine is None or engine.has_ended):
+            state = "closed"
+        tally = engine.tally if engine is not None else None
+        refresher = sharing.refresher if sharing is not None else None
+        history = refresher.history if refresher is not None else None
+        token = history.token if history is not None else None
+        logins = refresher.logins if refresher is not None else 0
+        return PoolStats(
+            state=state,
+            workers=self._workers,
+            tasks_pending=engine.backlog if engine is not None else 0,
+            tasks_done=tally.done if tally is not None else 0,
+            tasks_failed=tally.failed if tally is not None else 0,
+            tasks_retried=tally.retried if tally is not None else 0,
+            workers_lost=tally.workers_lost if tally is not None else 0,
+            logins=logins,
+            refreshes=max(logins - 1, 0),
+            login_failures=refresher.failures if refresher is not None else 0,
+            last_error=str(history.error) if history is not None and history.error is not None else None,
+            token_state=refresher.state().value if refresher is not None else State.EXPIRED.value,
+            generation=token.generation if token is not None else 0,
+            token_remaining=token.remaining(SYSTEM_CLOCK.now()) if token is not None else None,
+        )
+
+    def __repr__(self) -> str:
+        now = self.stats()
+        standing = "no token yet"
+        if now.token_remaining is not None:
+            standing = f"token generation {now.generation} {now.token_state}, {now.token_remaining:.0f} s left"
+        error = "" if now.last_error is None else f", last login failed: {now.last_error}"
+        tasks = f"{now.tasks_pending} pending, {now.tasks_done} done, {now.tasks_failed} failed"
+        workers = f"{now.workers} {self._engine_name} workers"
+        return f"<AuthenticatedProcessPool {now.state}, {workers}, {tasks}, {standing}{error}>"
+
+    # Inside
+
+    def _running_engine(self) -> Engine:
+        engine = self._engine
+        if self._state != "running" or engine is None:
+            with self._lock:
+                if self._state == "new":
+                    self._start()
+                if self._state != "running" or self._engine is None:
+                    msg = "cannot schedule new futures after shutdown"
+                    raise RuntimeError(msg)
+                engine = self._engine
+        sharing = self._sharing
+        if sharing is not None and sharing.refresher.history.is_final:
+            self._check_token(sharing)
+        return engine
+
+    def _start(self) -> None:
+        """Launch the workers, then log in while they start."""
+        engine = self._make_engine()
+        try:
+            channel = engine.channel
+            if self._memory_name is not None:
+                channel = TeeChannel(channel, NamedChannel(self._memory_name))
+            sharing = SharingThread(self._session, channel)
+        except BaseException:
+            engine.channel.close()
+            raise
+        engine.on_refused = sharing.refresher.report_refused
+        engine.on_end = sharing.end
+        self._engine, self._sharing = engine, sharing
+        _live.add(self)
+        engine.start()
+        # Neither the engine nor the sharing knows the pool, so one that is forgotten is collected, and then ends.
+        weakref.finalize(self, engine.shutdown).atexit = False
+        try:
+            sharing.start()
+        except BaseException:
+            self._state = "closing"
+            engine.shutdown(cancel=True, kill=True)
+            engine.join()
+            raise
+        self._state = "running"
+
+    def _make_engine(self) -> Engine:
+        if self._engine_name == "inline":
+            from shpool.engines.inline import Inline
+
+            return Inline(self._setup)
+        from shpool.engines.crew import Crew
+
+        return Crew(self._workers, self._setup, blanked=_secret_variables(self._session))
+
+    def _close(self, *, cancel: bool, kill: bool, wait: bool) -> None:
+        if os.getpid() != self._owner:
+            return  # a forked child: the pool is its parent's
+        with self._lock:
+            self._state = "closing"
+        if self._engine is not None:
+            self._engine.shutdown(cancel=cancel, kill=kill)
+            if wait:
+                self._engine.join()
+
+    @staticmethod
+    def _check_token(sharing: SharingThread) -> None:
+        history = sharing.refresher.history
+        if history.token is None or history.token.remaining(SYSTEM_CLOCK.now()) <= 0:
+            reason = "it has expired and the provider refuses to give another"
+            raise TokenUnavailableError(reason, str(history.error))
+
+
+class PoolView(_Submitting):
+    """A pool with other defaults for retries and timeout; made by ``AuthenticatedProcessPool.options``."""
+
+    def __init__(self, pool: AuthenticatedProcessPool, retries: int, timeout: float | None) -> None:
+        self._pool = pool
+        self._retries = retries
+        self._timeout = timeout
+
+    def _running_engine(self) -> Engine:
+        return self._pool._running_engine()  # noqa: SLF001 - the pool's own view
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002 - the Executor's signature
+        """End the pool this is a view of."""
+        self._pool.shutdown(wait, cancel_futures=cancel_futures)
+
+    def __repr__(self) -> str:
+        return f"<PoolView retries={self._retries} timeout={self._timeout} of {self._pool!r}>"
+
+
+def _checked_workers(max_workers: int | None) -> int:
+    if max_workers is None:
+        from loky import cpu_count
+
+        return int(cpu_count())
+    if isinstance(max_workers, bool) or not isinstance(max_workers, int):
+        msg = f"max_workers must be an integer or None, not {type(max_workers).__name__}"
+        raise TypeError(msg)
+    if max_workers < 1:
+        msg = f"max_workers must be at least 1, not {max_workers}"
+        raise ValueError(msg)
+    return max_workers
+
+
+def _checked_policy(retries: int, timeout: float | None) -> tuple[int, float | None]:
+    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+        msg = f"retries must be an integer >= 0, not {retries!r}"
+        raise ValueError(msg)
+    if timeout is not None and not timeout > 0:
+        msg = f"timeout must be more than 0 seconds, or None, not {timeout!r}"
+        raise ValueError(msg)
+    return retries, timeout
+
+
+def _secret_variables(session: object) -> tuple[str, ...]:
+    """Return the environment variables no worker may inherit."""
+    is_secret = getattr(session, "is_secret", lambda _: False)
+    return tuple(name for name, value in os.environ.items() if name in _SECRET_VARIABLES or is_secret(value))
+
+
+def _end_all() -> None:
+    """Finish what is pending at interpreter exit, as the standard library's executors do; after ^C, stop it."""
+    interrupted = issubclass(getattr(sys, "last_type", None) or Exception, KeyboardInterrupt)
+    for pool in list(_live):
+        if interrupted:
+            pool.terminate()
+        else:
+            pool.shutdown(wait=True)
+
+
+_live: weakref.WeakSet[AuthenticatedProcessPool] = weakref.WeakSet()
+atexit.register(_end_all)

@@ -1,0 +1,448 @@
+"""Sharing a session: the thread of the parent that keeps a token posted, and what its readers hold.
+
+``SessionSharingThread`` and ``SessionSharing`` share under a name that any process of the user can collect from;
+``SharingThread`` does the same over any channel, which is how the pool uses it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from shpool.board import CLOSED, Board, ReportBox, attach_named, named_board, sweep_abandoned
+from shpool.errors import BoardError, BoardNotFoundError, LoginError, TokenUnavailableError
+from shpool.refresh import Refresher
+from shpool.sources import refresh_window_of, source_of
+from shpool.tokens import SYSTEM_CLOCK, Clock, Posting, Token, boot_time
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from shpool.sources import Session
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_NAME = "sh-session-token"  # as in sentinelhub-py
+LONGEST_WAIT = 30.0  # s a reader waits for a token before it gives up
+_FIRST_NAP, _LONGEST_NAP = 0.001, 0.05  # s between a waiting reader's looks at the board
+_REPORT_POLL = 0.2  # s between the owner's looks at the reports beside a named board
+
+
+class TokenReader(Protocol):
+    """Where a shared session reads; a board on this host, whatever an engine brings elsewhere."""
+
+    @property
+    def version_word(self) -> Sequence[int]:
+        """A sequence whose item 0 is the current version; looked at on each read of the token."""
+
+    def read(self) -> tuple[int, bytes]:
+        """Return the version and the payload of the posting it stands for."""
+
+
+class TokenChannel(Protocol):
+    """Where the sharing thread publishes."""
+
+    def publish(self, posting: Posting) -> None:
+        """Show a posting to all readers."""
+
+    def newest_report(self) -> int:
+        """Return the newest generation that readers reported as refused by this way; 0 for none."""
+
+    @property
+    def report_poll(self) -> float:
+        """Seconds between two looks at ``newest_report``; infinity where reports come another way."""
+
+    def close(self) -> None:
+        """End sharing and leave nothing behind; harmless when repeated."""
+
+
+class BoardChannel:
+    """Publish on an anonymous board; its readers report over their lifelines."""
+
+    report_poll = float("inf")
+
+    def __init__(self, board: Board) -> None:
+        self.board = board
+
+    def publish(self, posting: Posting) -> None:
+        """Show a posting to all readers."""
+        self.board.post(posting.to_bytes(), 0.0 if posting.token is None else posting.token.deadline)
+
+    def newest_report(self) -> int:
+        """Return 0: no report comes this way."""
+        return 0
+
+    def close(self) -> None:
+        """End sharing."""
+        self.board.close()
+
+
+class NamedChannel(BoardChannel):
+    """Publish under a name; come back under it when somebody removes it."""
+
+    report_poll = _REPORT_POLL
+
+    def __init__(self, name: str) -> None:
+        sweep_abandoned()
+        super().__init__(named_board(name))
+        self._reports = ReportBox(name, create=True)
+        self._last: Posting | None = None
+
+    def publish(self, posting: Posting) -> None:
+        """Show a posting to all readers."""
+        self._last = posting
+        super().publish(posting)
+
+    def newest_report(self) -> int:
+        """Return the newest generation reported; puts the board back first if its name has vanished."""
+        if self.board.has_vanished():
+            self._come_back()
+        return self._reports.newest()
+
+    def _come_back(self) -> None:
+        try:
+            board = named_board(self.board.name)
+        except BoardError as exc:
+            logger.warning("the shared session's name has vanished and cannot be taken again: %s", exc)
+            return
+        self.board, vanished = board, self.board
+        vanished.close()
+        if self._last is not None:
+            self.publish(self._last)
+
+    def close(self) -> None:
+        """End sharing and take both names away."""
+        super().close()
+        self._reports.close()
+
+
+class TeeChannel:
+    """Publish on two channels at once: a pool's own, and a name for other processes."""
+
+    def __init__(self, first: TokenChannel, second: TokenChannel) -> None:
+        self._both = (first, second)
+        self.report_poll = min(first.report_poll, second.report_poll)
+
+    def publish(self, posting: Posting) -> None:
+        """Show a posting to the readers of both."""
+        for channel in self._both:
+            channel.publish(posting)
+
+    def newest_report(self) -> int:
+        """Return the newest generation reported on either."""
+        return max(channel.newest_report() for channel in self._both)
+
+    def close(self) -> None:
+        """End both."""
+        for channel in self._both:
+            channel.close()
+
+
+class SharedSession:
+    """A live, read-only view of a shared token. It never logs in, and it is never out of date.
+
+    ``token`` is what it is for; all else is convenience around it. Pickled, it is a note to collect the same
+    session again: the token stays in shared memory.
+    """
+
+    def __init__(
+        self,
+        reader: TokenReader,
+        *,
+        name: str | None = None,
+        report: Callable[[int], None] = lambda _: None,
+        allowed_hosts: Sequence[str] = (),
+    ) -> None:
+        self._reader = reader
+        self._word = reader.version_word
+        self._version = 0
+        self._deadline = 0.0
+        self._token = cast("Token", None)  # set together with _version and _deadline
+        self._name = name
+        self._report = report
+        self.allowed_hosts = tuple(allowed_hosts)
+
+    @property
+    def token(self) -> Token:
+        """The current token; reads as a mapping with ``access_token`` and ``expires_at``.
+
+        Raises:
+            TokenUnavailableError: The token has expired and no new one came within 30 s, the provider refused for
+                good, or sharing has ended.
+        """
+        if self._word[0] == self._version and boot_time() < self._deadline:
+            return self._token
+        return self.wait_for_token(LONGEST_WAIT)
+
+    @property
+    def session_headers(self) -> dict[str, str]:
+        """The header that authenticates a request (RFC 6750, section 2.1)."""
+        return {"Authorization": f"Bearer {self.token.access_token}"}
+
+    def info(self) -> dict[str, Any]:
+        """Return the token's claims, unverified.
+
+        Raises:
+            OpaqueTokenError: The token is not a JSON Web Token.
+            TokenUnavailableError: There is no valid token.
+        """
+        return self.token.claims()
+
+    def wait_for_token(self, seconds: float, *, newer_than: int = 0) -> Token:
+        """Return a valid token, waiting so many seconds for one if need be.
+
+        Args:
+            seconds: The longest wait.
+            newer_than: Accept only later generations than this.
+
+        Raises:
+            TokenUnavailableError: None came.
+        """
+        give_up, nap = time.monotonic() + seconds, _FIRST_NAP
+        while True:
+            version, payload = self._reader.read()
+            if version == CLOSED:
+                reason = "sharing has ended"
+                raise TokenUnavailableError(reason)
+            posting = Posting.from_bytes(payload) if payload else Posting(None)
+            token = posting.token
+            if token is not None and boot_time() < token.deadline and token.generation > newer_than:
+                self._token, self._deadline, self._version = token, token.deadline, version
+                return token
+            if posting.refused or time.monotonic() >= give_up:
+                raise TokenUnavailableError(_why_none(token, newer_than), posting.error)
+            time.sleep(nap)
+            nap = min(nap * 2, _LONGEST_NAP)
+
+    def report_refused(self, generation: int) -> None:
+        """Tell the parent that a server refused the token of this generation."""
+        self._report(generation)
+
+    def __repr__(self) -> str:
+        where = self._name or "anonymous"
+        return f"<SharedSession {where} {self._token!r}>"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return collect_shared_session, (self._name,)
+
+
+class SharingThread(threading.Thread):
+    """Keep a session's token fresh on a channel, from ``start()`` until ``join()``.
+
+    A thread, because refreshing must go on while the parent's own code is busy. Logins after the first run in a
+    short-lived thread of their own, so that this one ends at once even when a token endpoint hangs.
+    """
+
+    def __init__(self, session: Session, channel: TokenChannel, *, clock: Clock = SYSTEM_CLOCK, **kwargs: Any) -> None:  # noqa: ANN401 - handed to threading.Thread
+        kwargs.setdefault("name", "shpool-sharing")
+        kwargs.setdefault("daemon", True)
+        super().__init__(**kwargs)
+        self._source = source_of(session, clock)
+        self._session = session
+        self._channel = channel
+        self._woken = threading.Event()
+        self._is_stopping = False
+        self.refresher = Refresher(
+            self._login,
+            channel.publish,
+            clock=clock,
+            wait=self._nap,
+            wake=self._woken.set,
+            refresh_before_expiry=refresh_window_of(session),
+        )
+
+    def start(self) -> None:
+        """Log in, in the caller's thread, and return once the token is shared.
+
+        Raises:
+            LoginError: The first login failed; nothing is shared then.
+            TokenTooLargeError: The channel cannot hold the token.
+        """
+        try:
+            self.refresher.first_login()
+        except BaseException:
+            self._channel.close()
+            raise
+        _running.add(self)
+        super().start()
+
+    def run(self) -> None:
+        """Refresh until stopped, then end sharing."""
+        try:
+            self.refresher.run()
+        finally:
+            self._channel.close()
+
+    def stop(self) -> None:
+        """Ask the thread to end; ``join()`` does too."""
+        self._is_stopping = True
+        self.refresher.stop()
+
+    def end(self) -> None:
+        """Stop and wait for the end, started or not; nothing stays shared."""
+        if self.ident is None:
+            self._channel.close()
+        else:
+            self.join()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Stop the thread and wait for its end, at which it zeroes and unlinks what it shared.
+
+        Args:
+            timeout: Seconds to wait at most; see ``is_alive()`` afterwards. Without, as long as it takes: the
+                thread never waits for the network.
+        """
+        self.stop()
+        super().join(timeout)
+
+    def _nap(self, seconds: float) -> None:
+        give_up = time.monotonic() + seconds
+        while (left := give_up - time.monotonic()) > 0:
+            is_woken = self._woken.wait(min(left, self._channel.report_poll))
+            self._woken.clear()
+            report = self._channel.newest_report()
+            if report:
+                self.refresher.report_refused(report)
+            if is_woken or self._woken.is_set():
+                return
+
+    def _login(self, after: Token | None) -> Token:
+        if after is None:
+            return self._source.renew(None)
+        outcome: list[Token | BaseException] = []
+
+        def attempt() -> None:
+            try:
+                outcome.append(self._source.renew(after))
+            except BaseException as exc:  # noqa: BLE001 - carried over to the sharing thread
+                outcome.append(exc)
+            self._woken.set()
+
+        try:
+            threading.Thread(target=attempt, name="shpool-login", daemon=True).start()
+        except RuntimeError:  # the interpreter is ending and starts no threads any more
+            attempt()
+        while not outcome and not self._is_stopping:
+            self._woken.wait()
+            self._woken.clear()
+        if not outcome:
+            raise LoginError("session", "sharing ended while a login was under way")  # noqa: EM101 - seen by nobody
+        if isinstance(outcome[0], BaseException):
+            raise outcome[0]
+        return outcome[0]
+
+
+class SessionSharingThread(SharingThread):
+    """Share a session with other processes of the same user, under a name.
+
+    Args:
+        session: What logs in; it must refresh its token.
+        memory_name: Name of the shared-memory segment.
+        **thread_kwargs: For ``threading.Thread``.
+
+    Raises:
+        ValueError: The session does not refresh, or the name is no possible one.
+        BoardInUseError: A living process shares under that name.
+        ForeignBoardError: Another user holds that name.
+    """
+
+    def __init__(self, session: Session, memory_name: str = DEFAULT_NAME, **thread_kwargs: Any) -> None:  # noqa: ANN401 - handed to threading.Thread
+        source_of(session)  # refused before anything is created
+        self.memory_name = memory_name
+        super().__init__(session, NamedChannel(memory_name), **thread_kwargs)
+
+
+class SessionSharing:
+    """Share a session under a name for the length of a ``with`` block.
+
+    Args:
+        session: What logs in; it must refresh its token.
+        **kwargs: As for ``SessionSharingThread``.
+
+    Entering raises what ``SessionSharingThread`` and its ``start()`` raise.
+    """
+
+    def __init__(self, session: Session, **kwargs: Any) -> None:  # noqa: ANN401 - handed to SessionSharingThread
+        source_of(session)
+        self._session = session
+        self._kwargs = kwargs
+        self.thread: SessionSharingThread | None = None
+
+    def __enter__(self) -> Self:
+        thread = SessionSharingThread(self._session, **self._kwargs)
+        thread.start()
+        self.thread = thread
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.thread is not None:
+            self.thread.join()
+
+
+def collect_shared_session(memory_name: str | None = None) -> SharedSession:
+    """Return the session another process of this user shares.
+
+    Args:
+        memory_name: The name it is shared under. Without one: inside a worker of a pool the pool's own session,
+            elsewhere the one named ``sh-session-token``.
+
+    Raises:
+        BoardNotFoundError: Nothing is shared under that name (a ``FileNotFoundError``).
+        ForeignBoardError: Another user owns the segment or may write to it.
+        BoardLayoutError: The segment belongs to something else.
+    """
+    if memory_name is None and _adopted is not None:
+        return _adopted
+    name = memory_name or DEFAULT_NAME
+    reader = attach_named(name)
+    return SharedSession(reader, name=name, report=lambda generation: _report_beside(name, generation))
+
+
+def _report_beside(name: str, generation: int) -> None:
+    with contextlib.suppress(BoardNotFoundError):  # sharing has just ended; the next read will say so
+        box = ReportBox(name, create=False)
+        box.report(generation)
+        box.close()
+
+
+def adopted_session() -> SharedSession | None:
+    """Return the session this process was given by its pool, None outside a worker."""
+    return _adopted
+
+
+def adopt_session(session: SharedSession | None) -> SharedSession | None:
+    """Make ``session`` the one of this process and return the former one. For engines."""
+    global _adopted
+    former, _adopted = _adopted, session
+    return former
+
+
+def _why_none(token: Token | None, newer_than: int) -> str:
+    if token is None:
+        return "nobody has logged in yet"
+    if token.generation <= newer_than:
+        return f"generation {newer_than} was refused by a server and no newer token came in time"
+    return "the token has expired and no new one came in time"
+
+
+def _end_all() -> None:
+    """End sharing at interpreter exit, so that no name outlives the process."""
+    for thread in list(_running):
+        if thread.is_alive():
+            thread.join(_EXIT_WAIT)
+
+
+_EXIT_WAIT = 3.0  # s
+_adopted: SharedSession | None = None
+_running: weakref.WeakSet[SharingThread] = weakref.WeakSet()
+atexit.register(_end_all)

@@ -1,0 +1,150 @@
+"""What runs in a worker, whatever the engine: its session, one guarded call, and what may travel back."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import pickle
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from shpool.errors import NoSessionError, UnpicklableError
+from shpool.sharing import SharedSession, adopted_session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+_LONGEST_TEXT = 300  # characters of a value named in an error
+
+
+class WorkerTraceback(Exception):  # noqa: N818 - it is a cause to read, not an error to catch
+    """The traceback of a task's error as the worker saw it; stands as the error's ``__cause__``."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.text}"""'
+
+
+def current_session() -> SharedSession:
+    """Return the session of the pool this worker belongs to.
+
+    Raises:
+        NoSessionError: This process is no worker.
+    """
+    session = adopted_session()
+    if session is None:
+        raise NoSessionError
+    return session
+
+
+def dump(value: object) -> bytes:
+    """Pickle a value: by C pickle where that is enough, else by cloudpickle.
+
+    What names ``__main__`` goes by value: a worker's ``__main__`` is another module than the parent's.
+    """
+    try:
+        data = pickle.dumps(value, protocol=5)
+    except (pickle.PicklingError, AttributeError, TypeError, ImportError):
+        data = b"__main__"
+    if b"__main__" not in data:
+        return data
+    import cloudpickle
+
+    text: bytes = cloudpickle.dumps(value, protocol=5)
+    return text
+
+
+load = pickle.loads
+
+
+def call(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bool, bytes]:
+    """Call a function; return whether it returned, and the pickled result or error."""
+    try:
+        result = fn(*args, **kwargs)
+    except BaseException as exc:  # noqa: BLE001 - border: a task may raise anything, and the worker lives on
+        return False, dump_error(exc)
+    try:
+        return True, dump(result)
+    except Exception as exc:  # noqa: BLE001 - border: pickling runs the result's own code
+        return False, dump_error(UnpicklableError("result", shortened(result), _reason(exc)))
+
+
+def call_each(fn: Callable[..., Any], items: Sequence[Any], *, star: bool) -> tuple[list[Any], dict[int, bytes]]:
+    """Call a function on each item; return the results in order, and the pickled errors by index.
+
+    The loop runs in C: ``list.extend`` keeps what came before an error, so its length tells which item raised.
+    """
+    results: list[Any] = []
+    errors: dict[int, bytes] = {}
+    outcomes = itertools.starmap(fn, items) if star else map(fn, items)
+    while True:
+        try:
+            results.extend(outcomes)
+        except BaseException as exc:  # noqa: BLE001 - border: as in call()
+            errors[len(results)] = dump_error(exc)
+        else:
+            if len(results) == len(items):
+                return results, errors
+            # map() takes a StopIteration from the function for its own end.
+            errors[len(results)] = dump_error(RuntimeError("the task raised StopIteration"))
+        results.append(None)
+
+
+def dump_each(results: list[Any], errors: dict[int, bytes]) -> bytes:
+    """Pickle the outcome of ``call_each``; a result that cannot be pickled becomes an error of its own."""
+    try:
+        return dump((results, errors))
+    except Exception:  # noqa: BLE001 - border: pickling runs the results' own code
+        portable = []
+        for index, result in enumerate(results):
+            done, data = call(_itself, (result,), {})
+            portable.append(result if done else None)
+            if not done:
+                errors[index] = data
+        return dump((portable, errors))
+
+
+def dump_error(error: BaseException) -> bytes:
+    """Pickle an error with its traceback; one that would not arrive is replaced by one that does."""
+    frames = error.__traceback__
+    text = "".join(traceback.format_exception(type(error), error, frames and frames.tb_next))
+    try:
+        data = dump(error)
+        load(data)  # an __init__ with keyword-only arguments fails here and not in the parent
+        return dump((data, text))
+    except Exception as exc:  # noqa: BLE001 - border: pickling runs the error's own code
+        kind = f"{type(error).__module__}.{type(error).__qualname__}"
+        portable = UnpicklableError("exception", f"{kind}: {shortened(error, str)}", _reason(exc))
+        return dump((dump(portable), text))
+
+
+def load_error(data: bytes) -> BaseException:
+    """Return the error ``dump_error`` pickled, its worker's traceback as its cause."""
+    pickled, text = load(data)
+    try:
+        error: object = load(pickled)
+    except Exception as exc:  # noqa: BLE001 - border: unpickling runs the error's own code
+        error = UnpicklableError("exception", text.strip().rpartition("\n")[2], _reason(exc))
+    if not isinstance(error, BaseException):
+        error = UnpicklableError("exception", shortened(error), "it is no exception once unpickled")
+    error.__cause__ = WorkerTraceback(text)
+    return error
+
+
+def shortened(value: object, show: Callable[[object], str] = repr) -> str:
+    """Return a text of bounded length for an error message; never raises."""
+    text = f"<{type(value).__name__}>"
+    with contextlib.suppress(Exception):
+        text = show(value)
+    return text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 1] + "…"
+
+
+def _itself(value: object) -> object:
+    return value
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {shortened(error, str)}"
