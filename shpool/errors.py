@@ -7,6 +7,7 @@
     ├── TokenUnavailableError      no valid token to hand out now
     ├── TokenTooLargeError         a token beyond what the board can hold
     ├── OpaqueTokenError           claims were asked of a token that is not a JWT
+    ├── InsecureUrlError           the token would travel unencrypted
     ├── NoSessionError             current_session() outside a worker
     ├── BoardError                 the shared memory cannot be used
     │   ├── BoardNotFoundError     nobody shares under that name
@@ -153,6 +154,21 @@ class OpaqueTokenError(ShpoolError, ValueError):
 
     def __str__(self) -> str:
         return f"the access token has no readable claims: {self.reason}; ask the provider's introspection endpoint"
+
+
+class InsecureUrlError(ShpoolError, ValueError):
+    """A request would send the token over an unencrypted connection.
+
+    Args:
+        host: Where to.
+    """
+
+    def __init__(self, host: str) -> None:
+        super().__init__(host)
+        self.host = host
+
+    def __str__(self) -> str:
+        return f"the token is not sent to {self.host} over an unencrypted connection; use https"
 
 
 class NoSessionError(ShpoolError, RuntimeError):

@@ -189,8 +189,7 @@ class AuthenticatedProcessPool(_Submitting):
         self._session = session
         self._engine_name = engine
         self._memory_name = memory_name
-        hosts = tuple(getattr(session, "allowed_hosts", ()))
-        self._setup = WorkerSetup(initializer, tuple(initargs), dict(env or {}), hosts)
+        self._setup = WorkerSetup(initializer, tuple(initargs), dict(env or {}))
         self._lock = threading.RLock()  # guards the four below; held while starting, so that it happens once
         self._state = "new"
         self._engine: Engine | None = None

@@ -176,7 +176,8 @@ def _is_no_progress(before: Token | None, after: Token) -> bool:
 class Wait(Protocol):
     """Sleep, and return early when woken."""
 
-    def __call__(self, seconds: float, /) -> None: ...
+    def __call__(self, seconds: float, /) -> None:
+        """Sleep so many seconds at most."""
 
 
 class Refresher:

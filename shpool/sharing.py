@@ -9,9 +9,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import os
 import threading
 import time
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from shpool.board import CLOSED, Board, ReportBox, attach_named, named_board, sweep_abandoned
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from shpool.client import BearerAuth, HTTPClient
+    from shpool.retry import RetryAfterUnit
     from shpool.sources import Session
 
 logger = logging.getLogger(__name__)
@@ -159,16 +163,16 @@ class SharedSession:
         *,
         name: str | None = None,
         report: Callable[[int], None] = lambda _: None,
-        allowed_hosts: Sequence[str] = (),
     ) -> None:
         self._reader = reader
         self._word = reader.version_word
         self._version = 0
         self._deadline = 0.0
-        self._token = cast("Token", None)  # set together with _version and _deadline
+        self._posting = Posting(None)
+        self._token = cast("Token", None)  # set together with _version, _deadline and _posting
         self._name = name
         self._report = report
-        self.allowed_hosts = tuple(allowed_hosts)
+        self._http: tuple[int, HTTPClient] | None = None  # with the process that made it
 
     @property
     def token(self) -> Token:
@@ -187,6 +191,27 @@ class SharedSession:
         """The header that authenticates a request (RFC 6750, section 2.1)."""
         return {"Authorization": f"Bearer {self.token.access_token}"}
 
+    @property
+    def allowed_hosts(self) -> tuple[str, ...]:
+        """Hosts that may be sent the token; empty for the origin of each call."""
+        return self._current_posting().allowed_hosts
+
+    @property
+    def auth(self) -> BearerAuth:
+        """An auth object for ``requests``: the token of the moment, and one retry when a server refuses it."""
+        from shpool.client import BearerAuth
+
+        return BearerAuth(self)
+
+    @property
+    def http(self) -> HTTPClient:
+        """A ``requests.Session`` of this process, with the token, retries and timeouts."""
+        if self._http is None or self._http[0] != os.getpid():
+            from shpool.client import HTTPClient
+
+            self._http = os.getpid(), HTTPClient(self, self._current_posting().retry_after_unit)
+        return self._http[1]
+
     def info(self) -> dict[str, Any]:
         """Return the token's claims, unverified.
 
@@ -196,7 +221,7 @@ class SharedSession:
         """
         return self.token.claims()
 
-    def wait_for_token(self, seconds: float, *, newer_than: int = 0) -> Token:
+    def wait_for_token(self, seconds: float, *, newer_than: int = -1) -> Token:
         """Return a valid token, waiting so many seconds for one if need be.
 
         Args:
@@ -215,12 +240,16 @@ class SharedSession:
             posting = Posting.from_bytes(payload) if payload else Posting(None)
             token = posting.token
             if token is not None and boot_time() < token.deadline and token.generation > newer_than:
-                self._token, self._deadline, self._version = token, token.deadline, version
+                self._token, self._deadline, self._version, self._posting = token, token.deadline, version, posting
                 return token
             if posting.refused or time.monotonic() >= give_up:
                 raise TokenUnavailableError(_why_none(token, newer_than), posting.error)
             time.sleep(nap)
             nap = min(nap * 2, _LONGEST_NAP)
+
+    def _current_posting(self) -> Posting:
+        _ = self.token
+        return self._posting
 
     def report_refused(self, generation: int) -> None:
         """Tell the parent that a server refused the token of this generation."""
@@ -246,13 +275,14 @@ class SharingThread(threading.Thread):
         kwargs.setdefault("daemon", True)
         super().__init__(**kwargs)
         self._source = source_of(session, clock)
-        self._session = session
+        self._allowed_hosts = tuple(getattr(session, "allowed_hosts", ()))
+        self._retry_after_unit: RetryAfterUnit = getattr(session, "retry_after_unit", "s")
         self._channel = channel
         self._woken = threading.Event()
         self._is_stopping = False
         self.refresher = Refresher(
             self._login,
-            channel.publish,
+            self._publish,
             clock=clock,
             wait=self._nap,
             wake=self._woken.set,
@@ -266,11 +296,7 @@ class SharingThread(threading.Thread):
             LoginError: The first login failed; nothing is shared then.
             TokenTooLargeError: The channel cannot hold the token.
         """
-        try:
-            self.refresher.first_login()
-        except BaseException:
-            self._channel.close()
-            raise
+        self.refresher.first_login()
         _running.add(self)
         super().start()
 
@@ -302,6 +328,10 @@ class SharingThread(threading.Thread):
         """
         self.stop()
         super().join(timeout)
+
+    def _publish(self, posting: Posting) -> None:
+        hosts, unit = self._allowed_hosts, self._retry_after_unit
+        self._channel.publish(replace(posting, allowed_hosts=hosts, retry_after_unit=unit))
 
     def _nap(self, seconds: float) -> None:
         give_up = time.monotonic() + seconds
@@ -358,6 +388,19 @@ class SessionSharingThread(SharingThread):
         source_of(session)  # refused before anything is created
         self.memory_name = memory_name
         super().__init__(session, NamedChannel(memory_name), **thread_kwargs)
+
+    def start(self) -> None:
+        """Log in, in the caller's thread, and return once the token is shared; else raise, and free the name.
+
+        Raises:
+            LoginError: The first login failed.
+            TokenTooLargeError: The token does not fit the shared memory.
+        """
+        try:
+            super().start()
+        except BaseException:
+            self.end()
+            raise
 
 
 class SessionSharing:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from shpool.errors import OpaqueTokenError, TokenResponseError
 from shpool.redaction import fingerprint
@@ -139,22 +139,27 @@ class Posting:
         token: The current token, None before the first login.
         error: Text of the last login error; empty once a login worked again.
         refused: The error is final: no further login will be tried.
+        allowed_hosts: Hosts that may be sent the token; empty for the origin of each call.
+        retry_after_unit: What a number in these hosts' ``Retry-After`` counts, ``s`` or ``ms``.
     """
 
     token: Token | None
     error: str = ""
     refused: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    retry_after_unit: Literal["s", "ms"] = "s"
 
     def to_bytes(self) -> bytes:
         """Return the posting as JSON, for a channel to carry."""
         fields = None if self.token is None else self.token.__reduce__()[1]
-        return json.dumps([fields, self.error, self.refused]).encode()
+        everything = [fields, self.error, self.refused, self.allowed_hosts, self.retry_after_unit]
+        return json.dumps(everything, default=str).encode()
 
     @classmethod
     def from_bytes(cls, text: bytes) -> Posting:
         """Read what ``to_bytes`` wrote."""
-        fields, error, refused = json.loads(text)
-        return cls(None if fields is None else Token(*fields), error, refused)
+        fields, error, refused, hosts, unit = json.loads(text)
+        return cls(None if fields is None else Token(*fields), error, refused, tuple(hosts), unit)
 
 
 def token_from_response(answer: object, sent: Instant, *, endpoint: str = "token endpoint") -> Token:

@@ -73,13 +73,11 @@ class WorkerSetup:
         initializer: Called once in each worker, after its session is there.
         initargs: Arguments for it.
         env: Environment variables of the workers, set before anything is imported there.
-        allowed_hosts: Hosts a worker may send the token to; empty for the origin of the call.
     """
 
     initializer: Callable[..., object] | None = None
     initargs: tuple[Any, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
-    allowed_hosts: tuple[str, ...] = ()
 
 
 class Engine(Protocol):

@@ -37,11 +37,7 @@ class Inline:
         self.on_end: Callable[[], None] = lambda: None
         board = anonymous_board()
         self._channel = BoardChannel(board)
-        self._session = SharedSession(
-            board.reader(),
-            report=lambda generation: self.on_refused(generation),
-            allowed_hosts=self._setup.allowed_hosts,
-        )
+        self._session = SharedSession(board.reader(), report=self._report)
         self._former: SharedSession | None = None
         self._backoff = Backoff(base=0.1, cap=10.0)
         self._is_begun = self.has_ended = False
@@ -89,6 +85,9 @@ class Inline:
     def join(self, timeout: float | None = None) -> bool:  # noqa: ARG002 - as above
         """Return at once."""
         return self.has_ended
+
+    def _report(self, generation: int) -> None:
+        self.on_refused(generation)
 
     def _begin(self) -> None:
         if not self._is_begun and self._setup.initializer is not None:

@@ -165,11 +165,7 @@ def work(handed_over: socket.socket, board: BoardHandle | BoardReader, setup: by
 
 def _initialise(lifeline: Lifeline, board: Any, pickled_setup: bytes) -> None:  # noqa: ANN401 - a reader by now
     setup = load(pickled_setup)
-    session = SharedSession(
-        board,
-        report=lambda generation: lifeline.send(Kind.REFUSED, generation),
-        allowed_hosts=setup.allowed_hosts,
-    )
+    session = SharedSession(board, report=lambda generation: lifeline.send(Kind.REFUSED, generation))
     adopt_session(session)
     if setup.initializer is not None:
         setup.initializer(*setup.initargs)

@@ -1,0 +1,180 @@
+"""The INPUT of a batch: JSON Lines, CSV or plain text, checked whole before the first job runs.
+
+It stands with the command line, not in the library: only a shell needs its calls from a file. It reads
+one line at a time, twice: once to check and to count, once to run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import shutil
+import sys
+import tempfile
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from shpool.errors import InputError
+
+if TYPE_CHECKING:
+    import inspect
+    from collections.abc import Iterator
+
+    Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+# CSV fields may hold geometries as WKT; the module's own limit is 128 KiB. C longs have 32 bits on Windows.
+_LONGEST_FIELD = 2**31 - 1
+
+
+class Format(str, Enum):
+    """How the lines of an input are read."""
+
+    JSONL = "jsonl"
+    CSV = "csv"
+    TEXT = "text"
+
+
+_SUFFIXES = {".jsonl": Format.JSONL, ".ndjson": Format.JSONL, ".json": Format.JSONL, ".csv": Format.CSV}
+
+
+class Input:
+    """The calls of one input.
+
+    Args:
+        stream: Its bytes, seekable.
+        name: Named in errors.
+        form: How to read its lines.
+    """
+
+    def __init__(self, stream: BinaryIO, name: str, form: Format) -> None:
+        self._stream = stream
+        self._name = name
+        self._form = form
+
+    def check(self, signature: inspect.Signature | None) -> int:
+        """Read everything and return the number of calls.
+
+        Args:
+            signature: Of the function to be called, None when it has none to look at.
+
+        Raises:
+            InputError: A line cannot be read, or the function does not take its arguments.
+        """
+        count = 0
+        fitting: set[object] = set()
+        for count, (line, (args, kwargs)) in enumerate(self._numbered_calls(), 1):  # noqa: B007 - the last one counts
+            shape = (len(args), frozenset(kwargs))
+            if signature is None or shape in fitting:
+                continue
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as exc:
+                hint = f"the function takes {signature}"
+                raise InputError(self._place(line), f"the arguments do not fit the function: {exc}", hint) from None
+            fitting.add(shape)
+        return count
+
+    def calls(self) -> Iterator[Call]:
+        """Yield positional and keyword arguments of each call, from the start."""
+        for _, call in self._numbered_calls():
+            yield call
+
+    def _numbered_calls(self) -> Iterator[tuple[int, Call]]:
+        readers = {Format.JSONL: self._from_json, Format.CSV: self._from_csv, Format.TEXT: self._from_text}
+        return readers[self._form]()
+
+    def _from_json(self) -> Iterator[tuple[int, Call]]:
+        for number, line in self._lines():
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except RecursionError:
+                raise InputError(self._place(number), "its JSON is nested too deeply", "flatten it") from None
+            except ValueError as exc:
+                hint = "every line must be one JSON value; for other input add --format csv or --format text"
+                raise InputError(self._place(number), f"not JSON: {exc}", hint) from None
+            if isinstance(value, dict):
+                yield number, ((), value)
+            else:
+                yield number, (tuple(value) if isinstance(value, list) else (value,), {})
+
+    def _from_csv(self) -> Iterator[tuple[int, Call]]:
+        csv.field_size_limit(_LONGEST_FIELD)
+        rows = csv.reader((line for _, line in self._lines()), strict=True)
+        try:
+            header = next(rows, [])
+            if len(set(header)) < len(header) or "" in header:
+                raise InputError(self._place(1), "the header has an empty or repeated name", "name each column once")
+            for row in rows:
+                if row and len(row) != len(header):
+                    reason = f"{len(row)} fields where the header has {len(header)}"
+                    hint = "quote fields that hold a comma; an empty field still needs its comma"
+                    raise InputError(self._place(rows.line_num), reason, hint)
+                if row:
+                    yield rows.line_num, ((), dict(zip(header, row, strict=True)))
+        except csv.Error as exc:
+            raise InputError(self._place(rows.line_num), f"not CSV: {exc}", "check its quotes and line ends") from None
+
+    def _from_text(self) -> Iterator[tuple[int, Call]]:
+        for number, line in self._lines():
+            if line.strip():
+                yield number, ((line.rstrip("\r\n"),), {})
+
+    def _lines(self) -> Iterator[tuple[int, str]]:
+        self._stream.seek(0)
+        offset = 0
+        for number, raw in enumerate(self._stream, 1):
+            try:
+                line = raw.decode()
+            except UnicodeDecodeError as exc:
+                reason = f"not UTF-8: byte {offset + exc.start + 1} of the input is 0x{raw[exc.start]:02x}"
+                raise InputError(self._place(number), reason, "save it as UTF-8") from None
+            offset += len(raw)
+            yield number, line.removeprefix("\ufeff") if number == 1 else line  # spreadsheets write a BOM
+
+    def _place(self, number: int) -> str:
+        return f"{self._name}, line {number}"
+
+
+@contextlib.contextmanager
+def open_input(text: str, form: Format | None) -> Iterator[Input]:
+    """Open the INPUT of a command line.
+
+    What cannot be read twice, standard input or a pipe, is copied to a nameless temporary file first.
+
+    Args:
+        text: A path, or ``-`` for standard input.
+        form: How to read it; None goes by the suffix: ``.jsonl``, ``.ndjson`` and ``.json`` are JSON Lines,
+            ``.csv`` is CSV, everything else plain text; standard input is JSON Lines.
+
+    Raises:
+        InputError: It cannot be opened.
+    """
+    with contextlib.ExitStack() as stack:
+        if text == "-":
+            name, default = "standard input", Format.JSONL
+            if sys.stdin is None:
+                raise InputError(name, "there is none", "give a file")
+            stream = _spooled(stack, sys.stdin.buffer)
+        else:
+            path, name = Path(text), text
+            stream, default = _opened(stack, path), _SUFFIXES.get(path.suffix.lower(), Format.TEXT)
+        yield Input(stream, name, form or default)
+
+
+def _opened(stack: contextlib.ExitStack, path: Path) -> BinaryIO:
+    try:
+        stream = stack.enter_context(path.open("rb"))
+    except OSError as exc:
+        hint = "give a file, or - for standard input"
+        raise InputError(str(path), f"cannot be read: {exc.strerror}", hint) from None
+    return stream if stream.seekable() else _spooled(stack, stream)
+
+
+def _spooled(stack: contextlib.ExitStack, stream: BinaryIO) -> BinaryIO:
+    copy = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
+    shutil.copyfileobj(stream, copy)
+    return copy

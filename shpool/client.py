@@ -1,0 +1,201 @@
+"""HTTP with the shared token: a ``requests`` auth object and a ``requests.Session`` for workers.
+
+The rules:
+
+ 1. The token goes to the hosts that are allowed, or, where none are named, to the origin of the user's own call;
+    over https only, except on this machine. Other hosts are asked without it.
+ 2. A redirect to another origin loses the token. ``requests`` does that; a refusal from there is not retried here.
+ 3. A 401 means that a server refused the token of one generation. That generation is reported, a later one waited
+    for, and the request sent once more. The second answer is the caller's, whatever it is.
+ 4. ``~/.netrc`` never takes the token's place.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol
+
+import requests
+from requests.adapters import HTTPAdapter
+from requests.auth import AuthBase
+from urllib3.util.retry import Retry
+
+from shpool.errors import InsecureUrlError
+from shpool.origins import host_of, is_secure_url
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from shpool.retry import RetryAfterUnit
+    from shpool.tokens import Token
+
+logger = logging.getLogger(__name__)
+
+NEW_TOKEN_WITHIN = 30.0  # s to wait for a later generation after a refusal
+ATTEMPTS = 4  # as sentinelhub-py's max_download_attempts
+TIMEOUT = (10.0, 120.0)  # s to connect, and without a byte; the latter as sentinelhub-py's download_timeout_seconds
+_LONGEST_RETRY_AFTER = 120.0  # s; a server that asks for more gets its answer to the caller instead
+_UNAUTHORIZED = 401
+_PASSING = (408, 425, 429, 500, 502, 503, 504)
+
+
+class TokenHolder(Protocol):
+    """What a client needs of a shared session."""
+
+    @property
+    def token(self) -> Token:
+        """The current token."""
+
+    @property
+    def allowed_hosts(self) -> Sequence[str]:
+        """Hosts that may be sent the token; empty for the origin of each call."""
+
+    def report_refused(self, generation: int) -> None:
+        """Tell the parent that a server refused this generation."""
+
+    def wait_for_token(self, seconds: float, *, newer_than: int = ...) -> Token:
+        """Return a token of a later generation, waiting so long for it."""
+
+
+class BearerAuth(AuthBase):
+    """Authenticate ``requests`` calls with the token as it is at that moment, and apply the 401 rule.
+
+    >>> requests.get(url, auth=current_session().auth)  # doctest: +SKIP
+    """
+
+    def __init__(self, holder: TokenHolder) -> None:
+        self._holder = holder
+        self._strangers: set[str] = set()  # hosts already warned of
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        """Add the token to a request that may carry it.
+
+        Raises:
+            InsecureUrlError: The host may have the token, but not over an unencrypted connection.
+            TokenUnavailableError: There is no valid token.
+        """
+        url = request.url or ""
+        if not self._may_have_token(url):
+            return request
+        if not is_secure_url(url):
+            raise InsecureUrlError(host_of(url))
+        attempt = _Attempt(self._holder, self._holder.token, _position(request.body))
+        request.headers["Authorization"] = attempt.header
+        request.register_hook("response", attempt.take_answer)  # type: ignore[no-untyped-call]  # types-requests leaves it out
+        return request
+
+    def _may_have_token(self, url: str) -> bool:
+        allowed, host = self._holder.allowed_hosts, host_of(url)
+        if not allowed or host in allowed:
+            return True
+        if host not in self._strangers:
+            self._strangers.add(host)
+            text = "%s is asked without the token; name it in the session's allowed_hosts if it should have it"
+            logger.warning(text, host)
+        return False
+
+
+class _Attempt:
+    """One request sent with one generation of the token."""
+
+    def __init__(self, holder: TokenHolder, token: Token, position: int | None) -> None:
+        self._holder = holder
+        self._generation = token.generation
+        self._position = position
+        self.header = f"Bearer {token.access_token}"
+
+    def take_answer(self, response: requests.Response, **kwargs: Any) -> requests.Response:  # noqa: ANN401 - requests' hook
+        """Apply the 401 rule to an answer."""
+        request = response.request
+        was_ours = request.headers.get("Authorization") == self.header
+        if response.status_code != _UNAUTHORIZED or not was_ours or _lacks_scope(response):
+            return response
+        logger.info("%s refused the token of generation %d", host_of(request.url or ""), self._generation)
+        self._holder.report_refused(self._generation)
+        if not self._rewind(request):
+            return response
+        token = self._holder.wait_for_token(NEW_TOKEN_WITHIN, newer_than=self._generation)
+        _ = response.content  # read to its end, so that the connection can be used again
+        response.close()
+        again = request.copy()
+        again.headers["Authorization"] = f"Bearer {token.access_token}"
+        answer: requests.Response = response.connection.send(again, **kwargs)  # as requests' own digest auth does
+        answer.history.append(response)
+        answer.request = again
+        return answer
+
+    def _rewind(self, request: requests.PreparedRequest) -> bool:
+        """Put a body back to its start; tell whether the request can be sent again."""
+        body: Any = request.body  # anything requests takes: text, bytes, a file, a generator
+        if body is None or isinstance(body, (str, bytes)):
+            return True
+        if self._position is None:
+            return False
+        body.seek(self._position)
+        return True
+
+
+class HTTPClient(requests.Session):
+    """A ``requests.Session`` with the token, retries and timeouts; one for each process.
+
+    Args:
+        holder: Whose token to send.
+        retry_after_unit: What a number in ``Retry-After`` counts, ``s`` or ``ms``.
+    """
+
+    def __init__(self, holder: TokenHolder, retry_after_unit: RetryAfterUnit = "s") -> None:
+        super().__init__()
+        self.auth = BearerAuth(holder)
+        kind = _MillisecondRetry if retry_after_unit == "ms" else _BoundedRetry
+        retries = kind(
+            total=ATTEMPTS - 1,
+            status_forcelist=_PASSING,
+            backoff_factor=1.0,
+            backoff_jitter=1.0,
+            raise_on_status=False,
+        )
+        adapter = HTTPAdapter(max_retries=retries)
+        self.mount("https://", adapter)
+        self.mount("http://", adapter)
+        weakref.finalize(self, adapter.close)
+
+    def send(self, request: requests.PreparedRequest, **kwargs: Any) -> requests.Response:  # noqa: ANN401 - as requests
+        """Send a request, with a timeout in any case."""
+        if kwargs.get("timeout") is None:
+            kwargs["timeout"] = TIMEOUT
+        return super().send(request, **kwargs)
+
+    def rebuild_auth(self, prepared_request: requests.PreparedRequest, response: requests.Response) -> None:
+        """Drop the token on the way to another origin, and put nothing of ``~/.netrc`` in its place."""
+        url, origin = prepared_request.url or "", response.request.url or ""
+        if "Authorization" in prepared_request.headers and self.should_strip_auth(origin, url):  # type: ignore[no-untyped-call]  # types-requests leaves it out
+            del prepared_request.headers["Authorization"]
+
+
+class _BoundedRetry(Retry):
+    """urllib3's retries, less the will to sleep for hours because a server said so."""
+
+    def get_retry_after(self, response: Any) -> float | None:  # noqa: ANN401 - urllib3's response
+        seconds = super().get_retry_after(response)
+        return None if seconds is None else min(seconds, _LONGEST_RETRY_AFTER)
+
+
+class _MillisecondRetry(_BoundedRetry):
+    """For providers whose ``Retry-After`` counts milliseconds."""
+
+    def parse_retry_after(self, retry_after: str) -> float:
+        seconds: float = super().parse_retry_after(retry_after)
+        return seconds / 1000 if retry_after.strip().isdigit() else seconds
+
+
+def _lacks_scope(response: requests.Response) -> bool:
+    """Tell whether a fresh token of the same rights would be refused as well (RFC 6750, section 3.1)."""
+    return "insufficient_scope" in response.headers.get("WWW-Authenticate", "")
+
+
+def _position(body: Any) -> int | None:  # noqa: ANN401 - whatever requests takes as a body
+    try:
+        return int(body.tell())
+    except (AttributeError, OSError, TypeError, ValueError):
+        return None

@@ -1,0 +1,162 @@
+"""Fixtures for all tests: a home of their own, servers, and proof that nothing is left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+import os
+import re
+import struct
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+from authlib_fixture import authlib_server, start_authlib_server
+
+from shpool.board import MAGIC
+from shpool.testing import FakeClock, LoopbackServer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["authlib_server", "start_authlib_server"]
+
+_PATIENCE = float(os.environ.get("SHPOOL_TEST_PATIENCE", "3"))  # s that processes and threads get to end after a test
+_SHARED_MEMORY = Path("/dev/shm")
+_DESCRIPTORS = Path("/proc/self/fd")
+_numbers = itertools.count(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Holdings:
+    """What this test process holds at one moment."""
+
+    processes: frozenset[psutil.Process]
+    threads: frozenset[threading.Thread]
+    segments: frozenset[str]
+    descriptors: frozenset[str]
+
+    @classmethod
+    def now(cls) -> Holdings:
+        children = psutil.Process().children(recursive=True)
+        return cls(
+            frozenset(child for child in children if not _is_tracker(child)),
+            frozenset(threading.enumerate()),
+            frozenset(_own_segments()),
+            frozenset(_own_descriptors()),
+        )
+
+    def beyond(self, before: Holdings) -> list[str]:
+        """Return what is held now and was not before, as text."""
+        return [
+            *(f"process {_describe(process)}" for process in self.processes - before.processes),
+            *(f"thread {thread}" for thread in self.threads - before.threads if thread.is_alive()),
+            *(f"shared memory {name}" for name in self.segments - before.segments),
+            *(f"descriptor {target}" for target in self.descriptors - before.descriptors),
+        ]
+
+
+def _own_segments() -> Iterator[str]:
+    """Yield the shared-memory entries that this very process has made; tests run side by side."""
+    if _SHARED_MEMORY.is_dir():
+        for entry in _SHARED_MEMORY.iterdir():
+            if _names_this_process(entry.name) or (entry.is_file() and _is_own_board(entry)):
+                yield entry.name
+
+
+def _names_this_process(name: str) -> bool:
+    """Tell whether a name holds this process's id, as loky's semaphores and the ``memory_name`` fixture's do."""
+    return str(os.getpid()) in re.split(r"\D+", name)
+
+
+def _is_own_board(entry: Path) -> bool:
+    """Tell whether this is a board whose header names this process as the owner (rule 2 of the board)."""
+    try:
+        with entry.open("rb") as segment:
+            _, magic, pid = struct.unpack("=3Q", segment.read(24))
+    except (OSError, struct.error):
+        return False
+    return bool(magic == MAGIC and pid == os.getpid())
+
+
+def _own_descriptors() -> Iterator[str]:
+    """Yield the sockets and boards this process has open; other files may be cached by libraries."""
+    if _DESCRIPTORS.is_dir():
+        for entry in _DESCRIPTORS.iterdir():
+            try:
+                target = str(entry.readlink())
+            except OSError:  # the descriptor of this very listing
+                continue
+            if target.startswith(("socket:", "/memfd:shpool")):
+                yield f"{entry.name} {target}"
+
+
+def _is_tracker(process: psutil.Process) -> bool:
+    """Tell whether this is one of the resource trackers: they live as long as the process that has one."""
+    try:
+        return "resource_tracker" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def _describe(process: psutil.Process) -> str:
+    try:
+        return f"{process.pid} {process.status()} {' '.join(process.cmdline())[:200]}"
+    except psutil.Error:
+        return str(process.pid)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(own_home: Path) -> Iterator[None]:
+    """Fail a test that leaves a process, a thread, a shared-memory segment or a socket; undone before ``own_home``."""
+    before = Holdings.now()
+    yield
+    deadline = time.monotonic() + _PATIENCE
+    while left := Holdings.now().beyond(before):
+        if time.monotonic() > deadline:
+            pytest.fail("left behind: " + "; ".join(left))
+        gc.collect()  # a session in a reference cycle is not a leak
+        time.sleep(0.02)
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give each test a home without configuration, and an environment without credentials and proxies."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home / ".config"))
+    for name in [name for name in os.environ if name.startswith("SH_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("NETRC", raising=False)
+    return home
+
+
+@pytest.fixture
+def memory_name() -> str:
+    """Return a name for shared memory that no other test uses, at this moment or later."""
+    return f"test-{os.getpid()}-{next(_numbers)}"
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    """Return a clock that only moves when told."""
+    return FakeClock()
+
+
+@pytest.fixture
+def server() -> Iterator[LoopbackServer]:
+    """Run a loopback provider and data service."""
+    with LoopbackServer() as running:
+        yield running
+
+
+@pytest.fixture
+def child_env() -> dict[str, str]:
+    """Return an environment in which child processes import this checkout."""
+    paths = [str(path) for path in (Path(__file__).parents[1], Path(__file__).parents[1] / "cli")]
+    inherited = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, *([inherited] if inherited else [])])}

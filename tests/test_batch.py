@@ -1,0 +1,343 @@
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import pickle
+import threading
+from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from shpool.batch import JOBS_PER_WORKER, Job, JobResult, RetryPolicy, TimedCall, run_batch, worker_count
+from shpool.jobs import make_jobs
+from shpool.retry import Backoff
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+class Immediate(Executor):
+    """Run each call inside ``submit``, so that tests need no thread and no waiting."""
+
+    max_workers = 1
+
+    def submit(self, fn: Callable[..., Any], /, *args: object, **kwargs: object) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except BaseException as error:  # noqa: BLE001 - what every executor does
+            future.set_exception(error)
+        return future
+
+
+class Held(Executor):
+    """Keep futures pending until a test settles them."""
+
+    max_workers = 2
+
+    def __init__(self) -> None:
+        self.futures: list[Future[Any]] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: object, **kwargs: object) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.futures.append(future)
+        return future
+
+
+class Cancelling(Executor):
+    """Give up every call, as an executor does that is shut down."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: object, **kwargs: object) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.cancel()
+        return future
+
+
+class Time:
+    """A clock that only sleeping moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.slept: list[float] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+class Flaky:
+    """Fail the first ``failures`` calls of each argument with ``error``."""
+
+    def __init__(self, failures: int, error: BaseException) -> None:
+        self.failures = failures
+        self.error = error
+        self.calls: list[int] = []
+
+    def __call__(self, number: int) -> int:
+        self.calls.append(number)
+        if self.calls.count(number) <= self.failures:
+            raise self.error
+        return number * 2
+
+
+class AskedError(ConnectionError):
+    """An answer that says when to come back."""
+
+    retry_after = 7.0
+
+
+def jobs(count: int) -> Iterator[Job]:
+    return make_jobs("tests:double", (((number,), {}) for number in range(count)))
+
+
+def double(number: int) -> int:
+    return number * 2
+
+
+def fail(number: int) -> int:
+    message = f"bad tile {number}"
+    raise ValueError(message)
+
+
+def die(number: int) -> int:
+    os._exit(number)
+
+
+def run(
+    fn: Callable[..., Any],
+    count: int,
+    *,
+    time: Time | None = None,
+    retries: int = 0,
+    window: int | None = None,
+) -> list[JobResult]:
+    time = time or Time()
+    batch = run_batch(
+        Immediate(),
+        fn,
+        jobs(count),
+        retries=retries,
+        backoff=Backoff(base=1.0, factor=1.0, cap=1.0),
+        window=window,
+        clock=time.clock,
+        wall=time.clock,
+        sleep=time.sleep,
+    )
+    return list(batch)
+
+
+def test_every_job_has_one_result() -> None:
+    results = run(double, 100)
+    assert [result.result for result in results] == [2 * number for number in range(100)]
+    assert {result.status for result in results} == {"done"}
+    assert {result.attempts for result in results} == {1}
+    assert all(result.error is None and result.seconds >= 0 for result in results)
+
+
+def test_no_jobs_are_no_results() -> None:
+    assert run(double, 0) == []
+
+
+def test_a_failing_job_is_a_result_and_stops_nobody() -> None:
+    results = run(lambda number: 1 // (number - 1), 3)
+    assert [result.status for result in results] == ["done", "failed", "done"]
+    assert isinstance(results[1].error, ZeroDivisionError)
+    assert results[1].result is None
+
+
+def test_arguments_arrive_by_position_and_by_name() -> None:
+    job = Job(0, "key", (1,), {"self": 2, "fn": 3})
+    [result] = run_batch(Immediate(), lambda *args, **kwargs: (args, kwargs), [job])
+    assert result.result == ((1,), {"self": 2, "fn": 3})
+
+
+def test_temporary_trouble_is_tried_again() -> None:
+    flaky = Flaky(2, ConnectionError("reset"))
+    results = run(flaky, 3, retries=2)
+    assert sorted(result.result for result in results) == [0, 2, 4]
+    assert {result.attempts for result in results} == {3}
+
+
+def test_retries_end() -> None:
+    flaky = Flaky(9, ConnectionError("reset"))
+    [result] = run(flaky, 1, retries=2)
+    assert (result.status, result.attempts) == ("failed", 3)
+    assert isinstance(result.error, ConnectionError)
+
+
+def test_a_programming_error_is_not_tried_again() -> None:
+    flaky = Flaky(1, TypeError("no such argument"))
+    [result] = run(flaky, 1, retries=5)
+    assert (result.status, result.attempts) == ("failed", 1)
+
+
+def test_retry_after_is_a_floor_under_the_jitter() -> None:
+    time = Time()
+    run(Flaky(1, AskedError("busy")), 1, time=time, retries=1)
+    assert 7.0 <= sum(time.slept) <= 8.0
+
+
+def test_a_waiting_job_does_not_block_the_others() -> None:
+    time = Time()
+    flaky = Flaky(1, AskedError("busy"))
+    results = run(lambda number: flaky(number) if number == 0 else number * 2, 50, time=time, retries=1, window=1)
+    assert [result.index for result in results] == [*range(1, 50), 0]
+
+
+def test_jobs_that_wait_are_bounded() -> None:
+    """While a service is down a lazy input is not read to its end."""
+    pulled = itertools.count()
+    source = (Job(next(pulled), "key", (0,)) for _ in range(10_000))
+    time = Time()
+    calls = 0
+
+    def busy(_: int) -> None:
+        nonlocal calls
+        calls += 1
+        raise AskedError
+
+    def sleep(_: float) -> None:
+        raise KeyboardInterrupt
+
+    batch = run_batch(Immediate(), busy, source, retries=1, window=2, clock=time.clock, wall=time.clock, sleep=sleep)
+    with pytest.raises(KeyboardInterrupt):
+        next(batch)
+    assert calls == next(pulled)
+    assert calls <= 2 * 16 + 2
+
+
+def test_input_is_pulled_no_faster_than_the_window() -> None:
+    pulled = 0
+
+    def endless() -> Iterator[Job]:
+        nonlocal pulled
+        for pulled in itertools.count(1):
+            yield Job(pulled, "key", (pulled,))
+
+    batch = run_batch(Immediate(), double, endless(), window=3)
+    for taken in range(1, 20):
+        next(batch)
+        assert pulled <= taken + 3
+    batch.close()
+
+
+def test_the_default_window_is_a_few_per_worker() -> None:
+    executor = Held()
+    batch = run_batch(executor, double, jobs(100))
+    consumer = threading.Thread(target=next, args=(batch,))
+    consumer.start()
+    while len(executor.futures) < JOBS_PER_WORKER * 2:
+        threading.Event().wait(0.001)
+    executor.futures[0].set_result((0, 0.1))
+    consumer.join(10)
+    assert len(executor.futures) == JOBS_PER_WORKER * 2
+    batch.close()
+    assert [future.cancelled() for future in executor.futures[1:]] == [True] * 7
+
+
+def test_results_come_as_they_finish() -> None:
+    gate = threading.Event()
+
+    def wait_or_open(number: int) -> int:
+        if number == 0:
+            assert gate.wait(10)
+        elif number == 5:
+            gate.set()
+        return number
+
+    with ThreadPoolExecutor(2) as executor:
+        order = [result.index for result in run_batch(executor, wait_or_open, jobs(6))]
+    assert sorted(order) == list(range(6))
+    assert order.index(0) > order.index(4)
+
+
+def test_closing_cancels_what_has_not_begun() -> None:
+    begun, release = [], threading.Event()
+
+    def hold(number: int) -> int:
+        begun.append(number)
+        if number:
+            release.wait(10)
+        return number
+
+    with ThreadPoolExecutor(1) as executor:
+        batch = run_batch(executor, hold, jobs(100), window=50)
+        assert next(batch).index == 0
+        batch.close()
+        release.set()
+    assert len(begun) <= 2
+
+
+def test_an_interruption_inside_cancels_too() -> None:
+    """What ``iter(jobs)`` or ``submit`` raises ends the batch and leaves nothing queued."""
+    executor = Held()
+
+    def interrupted() -> Iterator[Job]:
+        yield from jobs(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        next(run_batch(executor, double, interrupted()))
+    assert all(future.cancelled() for future in executor.futures)
+
+
+def test_a_future_cancelled_by_the_executor_is_a_failed_job() -> None:
+    [result] = run_batch(Cancelling(), double, jobs(1))
+    assert isinstance(result.error, CancelledError)
+
+
+@pytest.mark.parametrize("wrong", [{"retries": -1}, {"window": 0}])
+def test_wrong_bounds_are_refused_at_once(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        run_batch(Immediate(), double, jobs(1), **wrong)  # type: ignore[arg-type]  # spread by name
+
+
+def test_retry_policy_decides_by_kind_and_number() -> None:
+    policy = RetryPolicy(retries=1, backoff=Backoff(base=2.0, cap=2.0))
+    wait = policy.wait_before_retry(ConnectionError(), 1, 0.0)
+    assert wait is not None
+    assert 0.0 <= wait <= 2.0
+    assert policy.wait_before_retry(ConnectionError(), 2, 0.0) is None
+    assert policy.wait_before_retry(ValueError(), 1, 0.0) is None
+
+
+def test_milliseconds_are_the_providers_choice() -> None:
+    """``Retry-After: 5000`` from Sentinel Hub means five seconds."""
+
+    class HeaderError(ConnectionError):
+        response = SimpleNamespace(status_code=429, headers={"Retry-After": "5000"})
+
+    policy = RetryPolicy(1, Backoff(base=0.0), "ms")
+    assert policy.wait_before_retry(HeaderError(), 1, 0.0) == 5.0
+
+
+def test_workers_are_counted_on_any_executor() -> None:
+    assert worker_count(Immediate()) == 1
+    with ThreadPoolExecutor(3) as executor:
+        assert worker_count(executor) == 3
+
+
+def test_a_timed_call_is_as_picklable_as_its_function() -> None:
+    call = pickle.loads(pickle.dumps(TimedCall(double)))
+    result, seconds = call(4)
+    assert result == 8
+    assert seconds >= 0
+    assert repr(call) == "double"
+    assert "partial" in repr(TimedCall(functools.partial(double, 1)))
+
+
+@pytest.mark.slow
+def test_processes_time_their_jobs_and_bring_errors_home() -> None:
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as executor:
+        done = list(run_batch(executor, pow, make_jobs("pow", [((2, 10), {}), ((2,), {"exp": 3})])))
+        [failed] = run_batch(executor, int, make_jobs("int", [(("x",), {})]))
+    assert sorted(result.result for result in done) == [8, 1024]
+    assert isinstance(failed.error, ValueError)
+    assert 0 <= failed.seconds < 0.2, "measured in the worker, not from the submission on"

@@ -1,0 +1,241 @@
+"""`shpool token`, `shpool config`, and what every command has in common."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+from cli_shell import PATIENCE, Shell, assert_told
+
+from shpool.testing import LoopbackServer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.slow
+
+SECRET = "invented-secret-for-tests"
+
+
+@pytest.fixture
+def shell(tmp_path: Path, child_env: dict[str, str]) -> Shell:
+    return Shell(tmp_path, child_env)
+
+
+@pytest.fixture
+def opaque_server() -> Iterator[LoopbackServer]:
+    with LoopbackServer(jwt=False) as server:
+        yield server
+
+
+def config_file(shell: Shell) -> Path:
+    return Path(shell.env["XDG_CONFIG_HOME"], "sentinelhub", "config.toml")
+
+
+def test_token_shows_claims_but_not_the_token(shell: Shell, server: LoopbackServer) -> None:
+    done = shell.run("token", *shell.log_in_at(server))
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(":", 1) for line in done.stdout.splitlines())
+    assert list(lines) == ["issuer", "client", "scope", "expires", "claims"]
+    assert json.loads(lines["claims"])["iss"] == lines["issuer"].strip()
+    assert lines["client"].strip() == server.client_id
+    assert "UTC, in 3" in lines["expires"]
+    assert "eyJ" not in done.stdout + done.stderr
+
+
+def test_token_shows_itself_when_asked(shell: Shell, server: LoopbackServer) -> None:
+    done = shell.run("token", "--show", *shell.log_in_at(server))
+    assert done.stdout.splitlines()[-1].startswith("token:   eyJ")
+
+
+def test_an_opaque_token_has_no_claims(shell: Shell, opaque_server: LoopbackServer) -> None:
+    done = shell.run("token", *shell.log_in_at(opaque_server))
+    assert done.returncode == 0
+    assert "claims:  none: the token is opaque" in done.stdout
+
+
+def test_token_without_credentials_exits_3(shell: Shell) -> None:
+    assert_told(shell.run("token"), 3, "no client id")
+
+
+def test_token_with_wrong_credentials_exits_3(shell: Shell, server: LoopbackServer) -> None:
+    options = shell.log_in_at(server)
+    shell.env["SH_CLIENT_SECRET"] = SECRET
+    done = shell.run("token", *options)
+    assert_told(done, 3, "invalid_client")
+    assert SECRET not in done.stderr
+
+
+def test_token_from_a_silent_endpoint_exits_3(shell: Shell, server: LoopbackServer) -> None:
+    options = shell.log_in_at(server)
+    server.hang()
+    began = time.monotonic()
+    assert_told(shell.run("token", *options), 3, server.token_url)
+    assert time.monotonic() - began < 20
+
+
+def test_a_token_url_without_tls_is_bad_usage(shell: Shell, server: LoopbackServer) -> None:
+    shell.log_in_at(server)
+    assert_told(shell.run("token", "--token-url", "http://example.org/token"), 2, "https")
+
+
+def test_scope_needs_a_token_url(shell: Shell) -> None:
+    assert_told(shell.run("token", "--scope", "read"), 2, "--token-url")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "No such file"), (b"", "holds no secret"), (b"caf\xe9", "not UTF-8")]
+)
+def test_a_secret_file_that_will_not_do_is_named(shell: Shell, content: bytes | None, words: str) -> None:
+    if content is not None:
+        (shell.folder / "secret").write_bytes(content)
+    done = shell.run("token", "--client-id", "invented", "--client-secret-file", "secret")
+    assert_told(done, 2, "secret", words)
+
+
+def test_settings_are_written_read_and_used(shell: Shell, server: LoopbackServer) -> None:
+    shell.write("secret", f"{server.client_secret}\n")
+    assert shell.run("config", "set", "sh_client_id", server.client_id).returncode == 0
+    assert shell.run("config", "set", "sh_token_url", server.token_url).returncode == 0
+    assert shell.run("config", "set", "sh_client_secret", "--from-file", "secret").returncode == 0
+    path = config_file(shell)
+    assert shell.run("config", "path").stdout == f"{path}\n"
+    assert path.stat().st_mode & 0o777 == 0o600
+    shown = shell.run("config", "show").stdout
+    assert f'sh_token_url = "{server.token_url}"' in shown
+    assert 'sh_client_secret = "***"' in shown
+    assert server.client_secret not in shown
+    assert shell.run("token").returncode == 0
+
+
+def test_a_new_profile_can_be_written_and_chosen(shell: Shell) -> None:
+    assert shell.run("config", "set", "max_download_attempts", "7", "--profile", "mine").returncode == 0
+    assert "max_download_attempts = 7" in shell.run("config", "show", "--profile", "mine").stdout
+    assert_told(shell.run("config", "show", "--profile", "other"), 2, "no profile 'other'", "mine")
+
+
+def test_the_environment_is_not_written_to_the_file(shell: Shell) -> None:
+    shell.env["SH_CLIENT_SECRET"] = SECRET
+    assert shell.run("config", "set", "max_retries", "3").returncode == 0
+    assert SECRET not in config_file(shell).read_text()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["sh_client_secret", SECRET], "is a secret"),
+        (["sh_client_secret"], "no value for sh_client_secret"),
+        (["sh_client_id"], "no value for sh_client_id"),
+        (["sh_client_idd", "x"], "there is no setting sh_client_idd"),
+        (["max_download_attempts", "many"], "is a number, got 'many'"),
+        (["sh_client_id", "x", "--from-file", "y"], "exclude each other"),
+    ],
+)
+def test_a_setting_that_will_not_do_is_named(shell: Shell, args: list[str], words: str) -> None:
+    done = shell.run("config", "set", *args)
+    assert_told(done, 2, words)
+    assert SECRET not in done.stderr
+    assert not config_file(shell).exists()
+
+
+def test_a_broken_file_is_named_with_its_line(shell: Shell) -> None:
+    config_file(shell).parent.mkdir(parents=True)
+    config_file(shell).write_text("[default-profile]\nsh_client_id = oops\n")
+    for args in (["config", "show"], ["config", "set", "sh_client_id", "x"], ["token"]):
+        done = shell.run(*args)
+        assert done.returncode == 2
+        assert "line 2" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_the_version_is_printed(shell: Shell) -> None:
+    assert shell.run("--version").stdout.startswith("shpool ")
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["token"], ["config"], ["config", "set"], ["demo"]])
+def test_help_tells_exit_codes_or_options(shell: Shell, command: list[str]) -> None:
+    done = shell.run(*command, "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"Usage: {' '.join(['shpool', *command])} ")
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["run", "--nonsense"], "--nonsense"),
+        (["run"], "TARGET"),
+        (["nonsense"], "nonsense"),
+        (["run", "a:b", "c", "--workers", "many"], "--workers"),
+        (["run", "a:b", "c", "--format", "xml"], "--format"),
+    ],
+)
+def test_bad_usage_is_one_error_and_a_hint(shell: Shell, args: list[str], words: str) -> None:
+    assert_told(shell.run(*args), 2, words, "--help")
+
+
+def test_no_command_is_bad_usage(shell: Shell) -> None:
+    done = shell.run()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "run" in done.stderr
+
+
+def test_a_bug_is_reported_without_message_and_locals(shell: Shell) -> None:
+    """Whatever a future mistake raises may hold a secret."""
+    code = (
+        "import shpool_cli.app as app\n"
+        "@app.app.command()\n"
+        f"def crash():\n    secret = {SECRET!r}\n    raise KeyError(secret)\n"
+        "app.main(['crash'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=shell.env, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert_told(done, 1, "unexpected KeyError", "in crash", "report")
+    assert SECRET not in done.stderr
+
+
+def test_what_a_server_says_cannot_steer_the_terminal(shell: Shell, server: LoopbackServer) -> None:
+    options = shell.log_in_at(server)
+    server.answer_always(400, body={"error": "invalid_scope", "error_description": "\x1b[2Jgone\nhint: run rm -rf"})
+    done = shell.run("token", *options)
+    assert_told(done, 3, "invalid_scope")
+    assert "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_during_the_login_ends_at_once(
+    shell: Shell, server: LoopbackServer, number: signal.Signals, code: int
+) -> None:
+    options = shell.log_in_at(server)
+    server.hang()
+    with shell.start("token", *options) as process:
+        deadline = time.monotonic() + PATIENCE
+        while not psutil.Process(process.pid).net_connections("tcp"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        began = time.monotonic()
+        stdout, stderr = process.communicate(timeout=PATIENCE)
+    assert time.monotonic() - began < 2
+    assert process.returncode == code
+    assert stdout == ""
+    assert len(stderr.splitlines()) == (1 if number == signal.SIGINT else 0)
+
+
+def test_help_imports_neither_engines_nor_the_http_stack() -> None:
+    code = (
+        "import sys\n"
+        "import shpool_cli.app\n"
+        "heavy = {'requests', 'requests_oauthlib', 'oauthlib', 'loky', 'tqdm', 'rich', 'numpy', 'shpool.pool'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=True)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import inspect
+import io
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from shpool.errors import InputError
+from shpool_cli.inputs import Format, Input, open_input
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def calls(text: str | bytes, form: Format) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    data = text.encode() if isinstance(text, str) else text
+    source = Input(io.BytesIO(data), "jobs", form)
+    count = source.check(None)
+    found = list(source.calls())
+    assert count == len(found)
+    return found
+
+
+def refused(text: str | bytes, form: Format) -> str:
+    with pytest.raises(InputError) as caught:
+        calls(text, form)
+    return str(caught.value)
+
+
+def test_json_objects_are_keywords_arrays_positions_all_else_one_argument() -> None:
+    text = '{"a": 1}\n[1, [2]]\n"x"\n5\nnull\n'
+    assert calls(text, Format.JSONL) == [((), {"a": 1}), ((1, [2]), {}), (("x",), {}), ((5,), {}), ((None,), {})]
+
+
+def test_csv_rows_are_keywords() -> None:
+    text = 'name,x\nä,1\n"a,b","two\nlines"\n'
+    assert calls(text, Format.CSV) == [((), {"name": "ä", "x": "1"}), ((), {"name": "a,b", "x": "two\nlines"})]
+
+
+def test_text_lines_are_one_argument() -> None:
+    assert calls(" a b \r\n\n \nc", Format.TEXT) == [((" a b ",), {}), (("c",), {})]
+
+
+@pytest.mark.parametrize("form", list(Format))
+@pytest.mark.parametrize("text", ["", "\n", "\n\n"])
+def test_nothing_is_no_jobs(form: Format, text: str) -> None:
+    assert calls(text, form) == []
+
+
+def test_a_header_alone_is_no_jobs() -> None:
+    assert calls("a,b\n", Format.CSV) == []
+
+
+@pytest.mark.parametrize("form", list(Format))
+def test_the_mark_of_spreadsheets_is_skipped(form: Format) -> None:
+    """A byte order mark would become part of the first column's name."""
+    data = b'\xef\xbb\xbf"a"\n"b"\n'
+    assert "\ufeff" not in repr(calls(data, form))
+
+
+def test_blank_lines_are_skipped() -> None:
+    assert len(calls("\n1\n\n2\n", Format.JSONL)) == 2
+    assert len(calls("a\n\n1\n\n2\n", Format.CSV)) == 2
+
+
+@pytest.mark.parametrize("line", ["{", "a", "1 2", "{'a': 1}", "[" * 100_000])
+def test_a_line_that_is_not_json_is_named(line: str) -> None:
+    assert refused(f"1\n\n{line}\n4\n", Format.JSONL).startswith("jobs, line 3: ")
+
+
+@pytest.mark.parametrize(("row", "fields"), [("1", 1), ("1,2,3", 3)])
+def test_a_row_of_another_length_is_named(row: str, fields: int) -> None:
+    assert refused(f"a,b\n1,2\n{row}\n", Format.CSV).startswith(f"jobs, line 3: {fields} fields where the header has 2")
+
+
+@pytest.mark.parametrize("header", ["a,a", "a,", ","])
+def test_columns_need_names_of_their_own(header: str) -> None:
+    assert "jobs, line 1: the header" in refused(f"{header}\n1,2\n", Format.CSV)
+
+
+def test_an_open_quote_is_named() -> None:
+    assert "not CSV" in refused('a,b\n1,"2\n', Format.CSV)
+
+
+@pytest.mark.parametrize("form", list(Format))
+def test_bytes_that_are_not_utf8_are_named(form: Format) -> None:
+    first = b'"x"\n'
+    message = refused(first + b'"caf\xe9"\n', form)
+    assert message.startswith("jobs, line 2: not UTF-8: byte 9 of the input is 0xe9")
+
+
+def test_a_long_csv_field_is_read() -> None:
+    """Geometries are longer than the 128 KiB that the csv module allows."""
+    text = "9" * 300_000
+    assert calls(f"wkt\n{text}\n", Format.CSV) == [((), {"wkt": text})]
+
+
+def test_arguments_that_do_not_fit_the_function_are_named() -> None:
+    def fetch(tile: str, *, size: int = 1) -> None: ...
+
+    source = Input(io.BytesIO(b'{"tile": "a"}\n\n{"tile": "b", "zise": 2}\n'), "jobs", Format.JSONL)
+    with pytest.raises(InputError, match=r"jobs, line 3: the arguments do not fit .*'zise'"):
+        source.check(inspect.signature(fetch))
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("a.jsonl", Format.JSONL),
+        ("a.NDJSON", Format.JSONL),
+        ("a.json", Format.JSONL),
+        ("a.csv", Format.CSV),
+        ("a.txt", Format.TEXT),
+        ("a", Format.TEXT),
+    ],
+)
+def test_the_suffix_tells_the_format(tmp_path: Path, name: str, form: Format) -> None:
+    path = tmp_path / name
+    path.write_text('"a"\n"b"\n')
+    expected = calls('"a"\n"b"\n', form)
+    with open_input(str(path), None) as source:
+        assert list(source.calls()) == expected
+    with open_input(str(path), Format.TEXT) as source:
+        assert next(iter(source.calls())) == (('"a"',), {})
+
+
+@pytest.mark.parametrize("name", ["missing.csv", "."])
+def test_what_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    with pytest.raises(InputError, match="cannot be read"), open_input(str(path), None):
+        pass
+
+
+def test_a_pipe_can_be_read_twice(tmp_path: Path) -> None:
+    """As in ``shpool run f <(make-jobs)``: the check must not use it up."""
+    path = tmp_path / "jobs.jsonl"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_text, args=("1\n2\n",))
+    writer.start()
+    with open_input(str(path), None) as source:
+        assert source.check(None) == 2
+        assert [args for args, _ in source.calls()] == [(1,), (2,)]
+    writer.join()

@@ -1,0 +1,207 @@
+"""The 401 rule, host binding and redirects of the HTTP client, against real servers."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import requests
+
+from shpool.client import BearerAuth, HTTPClient
+from shpool.errors import InsecureUrlError, TokenUnavailableError
+from shpool.testing import LoopbackServer, tile_bytes
+from shpool.tokens import SYSTEM_CLOCK, Token, token_from_response
+
+
+class Holder:
+    """A shared session whose parent logs in, or does not, at each report."""
+
+    def __init__(self, *texts: str, allowed_hosts: tuple[str, ...] = ()) -> None:
+        self.texts = list(texts)
+        self.allowed_hosts = allowed_hosts
+        self.reports: list[int] = []
+        self.token = self._next(1)
+
+    def _next(self, generation: int) -> Token:
+        return token_from_response({"access_token": self.texts.pop(0)}, SYSTEM_CLOCK.now()).numbered(generation)
+
+    def report_refused(self, generation: int) -> None:
+        self.reports.append(generation)
+        if self.texts:
+            self.token = self._next(generation + 1)
+
+    def wait_for_token(self, seconds: float, *, newer_than: int = -1) -> Token:
+        assert seconds > 0
+        if self.token.generation <= newer_than:
+            reason = "refused"
+            raise TokenUnavailableError(reason)
+        return self.token
+
+
+class Echo:
+    """An origin of its own: accepts the tokens it is told to, remembers what it was asked."""
+
+    def __init__(self, *accepted: str, refusal: str = 'Bearer error="invalid_token"') -> None:
+        self.accepted = accepted
+        self.refusal = refusal
+        self.seen: list[tuple[str, str | None, bytes]] = []
+        self.redirect_to = ""
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[str]:
+        echo = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                bearer = self.headers.get("Authorization")
+                echo.seen.append((self.path, bearer, body))
+                is_known = bearer in {f"Bearer {text}" for text in echo.accepted}
+                redirect = echo.redirect_to if self.path == "/redirect" else ""
+                self.send_response(302 if redirect else 200 if is_known else 401)
+                if redirect:
+                    self.send_header("Location", redirect)
+                elif not is_known:
+                    self.send_header("WWW-Authenticate", echo.refusal)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            do_POST = do_GET  # noqa: N815 - the name http.server looks for
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+            thread.start()
+            try:
+                yield f"http://127.0.0.1:{server.server_address[1]}"
+            finally:
+                server.shutdown()
+                thread.join()
+
+
+def test_a_request_carries_the_token_of_the_moment() -> None:
+    echo, holder = Echo("invented-a", "invented-b"), Holder("invented-a", "invented-b")
+    with echo.running() as url, HTTPClient(holder) as http:
+        assert http.get(url).status_code == 200
+        holder.token = holder._next(2)
+        assert http.get(url).status_code == 200
+    assert [bearer for _, bearer, _ in echo.seen] == ["Bearer invented-a", "Bearer invented-b"]
+    assert holder.reports == []
+
+
+def test_a_refused_token_is_reported_and_the_request_sent_once_more() -> None:
+    echo, holder = Echo("invented-b"), Holder("invented-a", "invented-b")
+    with echo.running() as url, requests.Session() as http:
+        answer = http.post(url, data=b"body", auth=BearerAuth(holder))
+    assert answer.status_code == 200
+    assert [first.status_code for first in answer.history] == [401]
+    assert holder.reports == [1]
+    assert [(bearer, body) for _, bearer, body in echo.seen] == [
+        ("Bearer invented-a", b"body"),
+        ("Bearer invented-b", b"body"),
+    ]
+
+
+def test_a_second_refusal_is_the_callers() -> None:
+    echo, holder = Echo(), Holder("invented-a", "invented-b", "invented-c")
+    with echo.running() as url, HTTPClient(holder) as http:
+        assert http.get(url).status_code == 401
+    assert len(echo.seen) == 2
+    assert holder.reports == [1]
+
+
+def test_a_scope_that_is_missing_costs_no_login() -> None:
+    """RFC 6750, section 3.1: insufficient_scope says nothing against the token itself."""
+    echo, holder = Echo(refusal='Bearer error="insufficient_scope"'), Holder("invented-a", "invented-b")
+    with echo.running() as url, HTTPClient(holder) as http:
+        assert http.get(url).status_code == 401
+    assert holder.reports == []
+
+
+def test_without_a_newer_token_the_error_says_so() -> None:
+    holder = Holder("invented-a")
+    with Echo().running() as url, HTTPClient(holder) as http, pytest.raises(TokenUnavailableError, match="refused"):
+        http.get(url)
+
+
+def test_a_file_is_sent_again_from_where_it_stood() -> None:
+    echo, holder = Echo("invented-b"), Holder("invented-a", "invented-b")
+    body = io.BytesIO(b"skipped and sent")
+    body.seek(12)
+    with echo.running() as url, HTTPClient(holder) as http:
+        assert http.post(url, data=body).status_code == 200
+    assert [sent for _, _, sent in echo.seen] == [b"sent", b"sent"]
+
+
+def test_a_generator_cannot_be_sent_again_but_is_reported() -> None:
+    holder = Holder("invented-a", "invented-b")
+    with Echo().running() as url, HTTPClient(holder) as http:
+        # A length, since the little server reads no chunks.
+        answer = http.post(url, data=iter([b"once"]), headers={"Content-Length": "4"})
+    assert answer.status_code == 401
+    assert holder.reports == [1]
+
+
+def test_only_allowed_hosts_get_the_token(caplog: pytest.LogCaptureFixture) -> None:
+    echo, holder = Echo(), Holder("invented-a", allowed_hosts=("api.example",))
+    with echo.running() as url, HTTPClient(holder) as http:
+        assert http.get(url).status_code == 401
+        assert http.get(url).status_code == 401
+    assert [bearer for _, bearer, _ in echo.seen] == [None, None]
+    assert holder.reports == []
+    assert [record.message for record in caplog.records if record.name == "shpool.client"] == [
+        "127.0.0.1 is asked without the token; name it in the session's allowed_hosts if it should have it"
+    ]
+
+
+def test_an_unencrypted_connection_never_gets_the_token() -> None:
+    with HTTPClient(Holder("invented-a")) as http, pytest.raises(InsecureUrlError, match=r"api\.example .* use https"):
+        http.get("http://api.example/tile")
+
+
+def test_a_redirect_to_another_origin_loses_the_token_and_is_not_asked_again() -> None:
+    first, second, holder = Echo("invented-a"), Echo(), Holder("invented-a", "invented-b")
+    with first.running() as url, second.running() as elsewhere, HTTPClient(holder) as http:
+        first.redirect_to = f"{elsewhere}/target"
+        assert http.get(f"{url}/redirect").status_code == 401
+    assert [bearer for _, bearer, _ in second.seen] == [None]
+    assert holder.reports == []
+
+
+def test_a_redirect_within_the_origin_keeps_the_token_whatever_netrc_says(own_home: Path) -> None:
+    netrc = own_home / ".netrc"
+    netrc.write_text("machine 127.0.0.1 login someone password not-a-real-password\n")
+    netrc.chmod(0o600)
+    echo, holder = Echo("invented-a"), Holder("invented-a")
+    echo.redirect_to = "/target"
+    with echo.running() as url, HTTPClient(holder) as http:
+        assert http.get(f"{url}/redirect").status_code == 200
+    assert {bearer for _, bearer, _ in echo.seen} == {"Bearer invented-a"}
+
+
+def test_passing_trouble_is_tried_again(server: LoopbackServer) -> None:
+    answer = requests.post(
+        server.token_url,
+        data={"grant_type": "client_credentials", "client_id": server.client_id, "client_secret": server.client_secret},
+        timeout=5,
+    )
+    holder = Holder(answer.json()["access_token"])
+    server.fail_next(2, 503, retry_after=0, at="data")
+    with HTTPClient(holder) as http:
+        assert http.get(server.data_url(3, 100)).content == tile_bytes(3, 100)
+
+
+def test_retry_after_counts_in_the_providers_unit() -> None:
+    with HTTPClient(Holder("invented-a"), "ms") as http:
+        retries = http.get_adapter("https://api.example").max_retries  # type: ignore[attr-defined]  # an HTTPAdapter
+        assert retries.parse_retry_after("1500") == pytest.approx(1.5)
+        assert retries.new().parse_retry_after("1500") == pytest.approx(1.5)

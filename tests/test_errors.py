@@ -1,0 +1,131 @@
+"""Errors travel between processes and say what to do."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import cloudpickle
+import pytest
+
+from shpool import errors
+from shpool.errors import (
+    BoardError,
+    BoardInUseError,
+    BoardLayoutError,
+    BoardNotFoundError,
+    ConfigError,
+    ForeignBoardError,
+    InitializerError,
+    InputError,
+    LoginError,
+    LoginRefusedError,
+    NoSessionError,
+    OpaqueTokenError,
+    ShpoolError,
+    TaskError,
+    TaskTerminatedError,
+    TaskTimeoutError,
+    TokenResponseError,
+    TokenTooLargeError,
+    TokenUnavailableError,
+    TornBoardError,
+    UnpicklableError,
+    WorkerLostError,
+)
+
+_URL = "https://idp.example/token"
+
+# One sample of each class, and a piece of its text that tells the reader what to do or where to look.
+SAMPLES = [
+    (ShpoolError("something broke"), "something broke"),
+    (LoginError(_URL, "Service Unavailable", 503, 2.5), "try later"),
+    (TokenResponseError(_URL, "access_token is missing"), "check that the URL is a token endpoint"),
+    (LoginRefusedError(_URL, "abc", "invalid_client", "no such client", 401), "SH_CLIENT_SECRET"),
+    (LoginRefusedError(_URL, "abc", "unauthorized_client"), "client credentials grant"),
+    (LoginRefusedError(_URL, "abc", "invalid_scope"), "scopes"),
+    (LoginRefusedError(_URL, "abc", "something_new"), "registration"),
+    (TokenUnavailableError("it has expired", "HTTP 503"), "HTTP 503"),
+    (TokenUnavailableError("sharing has ended"), "sharing has ended"),
+    (TokenTooLargeError(70_000, 65_000), "fewer scopes or claims"),
+    (OpaqueTokenError("it is opaque"), "introspection"),
+    (NoSessionError(), "collect_shared_session"),
+    (BoardError("sh-session-token", "it is full"), "it is full"),
+    (BoardNotFoundError("sh-session-token"), "start SessionSharing"),
+    (BoardInUseError("sh-session-token", 4711), "choose another name"),
+    (ForeignBoardError("sh-session-token", "mode 0666"), "choose another memory_name"),
+    (BoardLayoutError("sh-session-token", "version 9"), "same shpool version"),
+    (TornBoardError("sh-session-token", "no consistent record"), "no consistent record"),
+    (TaskError("it was lost"), "it was lost"),
+    (WorkerLostError("load('a.tif')", 4711, -9, 2_000_000_000, 2), "fewer workers"),
+    (WorkerLostError("load('a.tif')", 4711, 3), "retries=1"),
+    (TaskTimeoutError("load('a.tif')", 2.0), "raise timeout="),
+    (TaskTerminatedError("load('a.tif')"), "submit it again"),
+    (UnpicklableError("result", "<lock>", "cannot pickle"), "cannot pickle"),
+    (InitializerError("ValueError: no"), "initializer failed"),
+    (ConfigError("/home/a/config.toml", "no profile 'x'; there are: y"), "there are: y"),
+    (InputError("jobs.jsonl:3", "not JSON", "write one JSON value a line"), "one JSON value a line"),
+]
+
+
+def _name(error: object) -> str:
+    return type(error).__name__ if isinstance(error, Exception) else ""
+
+
+def test_every_class_of_the_tree_has_a_sample() -> None:
+    def family(cls: type[Exception]) -> set[type[Exception]]:
+        return {cls}.union(*(family(child) for child in cls.__subclasses__()))
+
+    here = {cls for cls in family(ShpoolError) if cls.__module__ == errors.__name__}
+    assert here == {type(error) for error, _ in SAMPLES}
+
+
+@pytest.mark.parametrize(("error", "_remedy"), SAMPLES, ids=_name)
+@pytest.mark.parametrize("travel", [pickle, cloudpickle], ids=lambda module: str(module.__name__))
+def test_error_survives_a_pickle(error: ShpoolError, _remedy: str, travel: object) -> None:
+    """One error that cannot be unpickled breaks a whole pool of the standard library."""
+    arrived = pickle.loads(travel.dumps(error))  # type: ignore[attr-defined]  # both modules have dumps
+    assert type(arrived) is type(error)
+    assert str(arrived) == str(error)
+    assert arrived.args == error.args
+    assert vars(arrived) == vars(error)
+
+
+@pytest.mark.parametrize(("error", "_remedy"), SAMPLES, ids=_name)
+def test_error_survives_a_copy(error: ShpoolError, _remedy: str) -> None:
+    for clone in (copy.copy(error), copy.deepcopy(error)):
+        assert type(clone) is type(error)
+        assert str(clone) == str(error)
+
+
+@pytest.mark.parametrize(("error", "remedy"), SAMPLES, ids=_name)
+def test_text_holds_the_remedy_in_one_plain_line(error: ShpoolError, remedy: str) -> None:
+    text = str(error)
+    assert remedy in text
+    assert "\n" not in text
+    assert not text.endswith(".")
+
+
+def test_notes_travel_with_the_error() -> None:
+    """Notes of Python 3.11 and later are attributes, which the replayed fields alone would lose."""
+    error = TaskTimeoutError("load", 1.0)
+    error.__notes__ = ["while reading a.tif"]
+    assert pickle.loads(pickle.dumps(error)).__notes__ == ["while reading a.tif"]
+
+
+@pytest.mark.parametrize(
+    ("error", "base"),
+    [
+        (BoardNotFoundError("n"), FileNotFoundError),
+        (BoardInUseError("n", 1), FileExistsError),
+        (ForeignBoardError("n"), PermissionError),
+        (TaskTimeoutError("t", 1.0), TimeoutError),
+        (OpaqueTokenError("r"), ValueError),
+        (ConfigError("p", "r"), ValueError),
+        (InputError("w", "r"), ValueError),
+        (NoSessionError(), RuntimeError),
+    ],
+    ids=_name,
+)
+def test_error_is_also_what_the_standard_library_would_raise(error: ShpoolError, base: type[Exception]) -> None:
+    assert isinstance(error, base)

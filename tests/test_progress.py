@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from shpool.progress import Progress
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_without_a_terminal_nothing_is_drawn() -> None:
+    """``enabled=None`` asks the stream."""
+    stream = io.StringIO()
+    with Progress(3, desc="tiles", stream=stream) as progress:
+        progress.done()
+        progress.failed()
+        progress.update_token(5.0)
+    assert not progress.is_shown
+    assert stream.getvalue() == ""
+    assert (progress.done_count, progress.failed_count) == (1, 1)
+
+
+def test_the_bar_tells_done_failed_time_and_token() -> None:
+    stream = Terminal()
+    with Progress(4, desc="tiles", unit="tile", stream=stream) as progress:
+        progress.update_token(59.6)
+        progress.done(3)
+        progress.failed()
+    last = stream.getvalue().split("\r")[-1]
+    assert "tiles 100%" in last
+    assert "4/4" in last
+    assert "failed 1, token 60 s" in last
+    assert "tile/s" in last or "s/tile" in last
+
+
+def test_an_unknown_total_is_counted_too() -> None:
+    stream = Terminal()
+    with Progress(None, desc="tiles", stream=stream) as progress:
+        progress.done(7)
+    assert "7job" in stream.getvalue()
+
+
+def test_an_explicit_wish_wins_over_the_stream() -> None:
+    shown, hidden = io.StringIO(), Terminal()
+    with Progress(1, desc="on", enabled=True, stream=shown), Progress(1, desc="off", enabled=False, stream=hidden):
+        pass
+    assert "on" in shown.getvalue()
+    assert hidden.getvalue() == ""
+
+
+def test_an_expired_token_is_shown_as_zero() -> None:
+    stream = Terminal()
+    with Progress(1, desc="tiles", stream=stream) as progress:
+        progress.update_token(-3.0)
+        progress.done()
+    assert "token 0 s" in stream.getvalue()
+
+
+def test_a_token_that_is_gone_is_no_longer_shown() -> None:
+    stream = Terminal()
+    with Progress(1, desc="tiles", stream=stream) as progress:
+        progress.update_token(9.0)
+        progress.update_token(None)
+        progress.done()
+    assert "token" not in stream.getvalue()
+
+
+def test_a_closed_stream_is_no_terminal() -> None:
+    stream = io.StringIO()
+    stream.close()
+    with Progress(1, desc="tiles", stream=stream) as progress:
+        progress.done()
+    assert not progress.is_shown
+
+
+def test_the_bar_leaves_no_thread() -> None:
+    """tqdm's monitor would live for ever."""
+    before = threading.active_count()
+    with Progress(1, desc="tiles", enabled=True, stream=Terminal()) as progress:
+        progress.done()
+        assert threading.active_count() == before
+
+
+def test_standard_output_stays_empty(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(1, desc="tiles", enabled=True) as progress:
+        progress.done()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "tiles" in captured.err
+
+
+@pytest.mark.slow
+def test_a_disabled_bar_does_not_import_tqdm() -> None:
+    code = (
+        "import sys\n"
+        "from shpool.progress import Progress\n"
+        "with Progress(1, desc='tiles', enabled=False) as progress:\n"
+        "    progress.done()\n"
+        "assert 'tqdm' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
