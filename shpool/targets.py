@@ -111,7 +111,7 @@ def _resolve(target: Target) -> Callable[..., Any]:
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         close = difflib.get_close_matches(target.name, names, n=1)
         hint = f"did you mean {close[0]}?" if close else _FORMS
-        raise InputError(str(target), f"{target.source} has no {target.name!r}", hint) from None
+        raise InputError(target.source, f"it has no {target.name!r}", hint) from None
     return function
 
 
