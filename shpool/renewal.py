@@ -18,6 +18,8 @@ from shpool.redaction import fingerprint
 from shpool.retry import Backoff, is_retryable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from shpool.endpoint import TokenEndpoint
     from shpool.tokens import Clock, Token
 
@@ -68,7 +70,8 @@ class TokenRenewal:
         self._backoff = backoff or Backoff()
         # Guards every write of what follows and is held during a login. Reads go without: each is one reference.
         self._lock = threading.Lock()
-        self._token = token
+        self._token = None if token is None else token.numbered(1)
+        self._read_shared: Callable[[], Token] | None = None
         self._logins = 0
         self._failures = 0  # how often the last error was replaced
         self._last_error: LoginError | None = None
@@ -98,10 +101,18 @@ class TokenRenewal:
 
     def fresh(self) -> Token:
         """Return a valid token, replaced in time; wait and try again where there is none."""
+        if self._read_shared is not None:
+            return self._read_shared()
         token = self._token
         if token is None or self.remaining(token) <= 0:
             return self._login_patiently()
         return self._refresh(token) if self.is_due(token) else token
+
+    def follow(self, read_shared: Callable[[], Token]) -> None:
+        """Never log in again, and read the token that another process keeps fresh: for a forked child."""
+        self._read_shared = read_shared
+        self._endpoint = None
+        self._lock = threading.Lock()  # another thread may have held it at the fork
 
     def _refresh(self, token: Token) -> Token:
         if self._clock.now().boot < self._next_refresh or not self._lock.acquire(blocking=False):
@@ -149,7 +160,8 @@ class TokenRenewal:
             msg = "this session was made of a token and cannot log in; make one with credentials"
             raise ShpoolError(msg)
         LOGGER.debug("logging in at %s as %r", self._endpoint.url, self._endpoint.client_id)
-        token = self._endpoint.login(self._clock).numbered(self._logins + 1)
+        known = 0 if self._token is None else self._token.generation
+        token = self._endpoint.login(self._clock).numbered(known + 1)
         self._logins += 1
         self._token = token
         mark = fingerprint(token.access_token)

@@ -15,7 +15,7 @@ from shpool.retry import Backoff
 from shpool.tokens import SYSTEM_CLOCK, Clock, Token, decode_claims, token_from_mapping
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from typing_extensions import Self
 
@@ -189,7 +189,7 @@ class OAuthSession:
             after: The token to replace, None when there was none.
 
         Returns:
-            The token, numbered with the count of this session's logins.
+            The token; its generation is one more than that of the token before it.
 
         Raises:
             LoginRefusedError: These credentials will never work.
@@ -197,6 +197,15 @@ class OAuthSession:
             LoginError: No token this time.
         """
         return self._renewal.renew(after)
+
+    def follow(self, read_shared: Callable[[], Token]) -> None:
+        """Read the token elsewhere from now on and forget the secret; what a forked child of the parent does."""
+        self._endpoint = None
+        self._renewal.follow(read_shared)
+
+    def is_secret(self, text: str) -> bool:
+        """Tell whether a text is this session's client secret, without showing it."""
+        return self._endpoint is not None and text == self._endpoint.client_secret.reveal()
 
     def __repr__(self) -> str:
         if not hasattr(self, "_renewal"):  # a traceback shows the local variables of a constructor that failed

@@ -60,6 +60,9 @@ class TokenChannel(Protocol):
     def newest_report(self) -> int:
         """Return the newest generation that readers reported as refused by this way; 0 for none."""
 
+    def reader(self) -> TokenReader:
+        """Return a reader for this process and its forked children."""
+
     @property
     def report_poll(self) -> float:
         """Seconds between two looks at ``newest_report``; infinity where reports come another way."""
@@ -83,6 +86,10 @@ class BoardChannel:
     def newest_report(self) -> int:
         """Return 0: no report comes this way."""
         return 0
+
+    def reader(self) -> TokenReader:
+        """Return a view for this process and its forked children."""
+        return self.board.reader()
 
     def close(self) -> None:
         """End sharing."""
@@ -143,6 +150,10 @@ class TeeChannel:
     def newest_report(self) -> int:
         """Return the newest generation reported on either."""
         return max(channel.newest_report() for channel in self._both)
+
+    def reader(self) -> TokenReader:
+        """Return a view of the first."""
+        return self._both[0].reader()
 
     def close(self) -> None:
         """End both."""
@@ -275,6 +286,7 @@ class SharingThread(threading.Thread):
         kwargs.setdefault("daemon", True)
         super().__init__(**kwargs)
         self._source = source_of(session, clock)
+        self._session = session
         self._allowed_hosts = tuple(getattr(session, "allowed_hosts", ()))
         self._retry_after_unit: RetryAfterUnit = getattr(session, "retry_after_unit", "s")
         self._channel = channel
@@ -328,6 +340,14 @@ class SharingThread(threading.Thread):
         """
         self.stop()
         super().join(timeout)
+
+    def become_reader(self) -> None:
+        """In a forked child, where no thread of the parent's runs: let the session read what the parent posts."""
+        _running.discard(self)
+        follow = getattr(self._session, "follow", None)
+        if follow is not None:
+            shared = SharedSession(self._channel.reader())
+            follow(lambda: shared.token)
 
     def _publish(self, posting: Posting) -> None:
         hosts, unit = self._allowed_hosts, self._retry_after_unit
@@ -485,7 +505,14 @@ def _end_all() -> None:
             thread.join(_EXIT_WAIT)
 
 
+def _become_readers() -> None:
+    for thread in list(_running):
+        thread.become_reader()
+
+
 _EXIT_WAIT = 3.0  # s
 _adopted: SharedSession | None = None
 _running: weakref.WeakSet[SharingThread] = weakref.WeakSet()
 atexit.register(_end_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_become_readers)

@@ -681,7 +681,7 @@ def test_given_token_is_used_until_it_is_due(server: LoopbackServer) -> None:
     session = SentinelHubSession(config_for(server), _token=given)
     assert session.token["access_token"] == "invented"
     assert server.requests == 0
-    assert session.renew(session._renewal.current).generation == 1
+    assert session.renew(session._renewal.current).generation == 2
 
 
 def test_credentials_of_the_environment_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
