@@ -290,7 +290,10 @@ class Refresher:
         if history.is_final:
             logger.error("no further logins: %s", error)
         else:
-            logger.warning("login failed, next attempt in %.1f s: %s", history.not_before - now.boot, error)
+            # A long outage must not fill a log: the 1st, 2nd, 4th, 8th … failure in a row is a warning.
+            level = logging.DEBUG if history.failures & (history.failures - 1) else logging.WARNING
+            text = "login failed %d times in a row, next attempt in %.1f s: %s"
+            logger.log(level, text, history.failures, history.not_before - now.boot, error)
 
     def _adopt(self, history: History) -> None:
         with self._lock:  # a report may have come since the decision was taken
