@@ -38,6 +38,7 @@ import struct
 import sys
 import time
 import warnings
+import weakref
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 CLOSED = 2**64 - 1
 MAGIC = int.from_bytes(b"shpool\0\1", sys.byteorder)
 
+_WORD = 8  # bytes
 _HEADER = 64  # bytes
 _SLOT = 64 * 1024  # bytes: the largest tokens seen in the field are 12 kB
 SEGMENT_SIZE = _HEADER + 2 * _SLOT
@@ -139,6 +141,7 @@ class Board:
         self._words = self._bytes[:_HEADER].cast("Q")
         self._words[1:4] = memoryview(struct.pack("=QQQ", MAGIC, self._owner, start_time_of(self._owner))).cast("Q")
         self._closed = False
+        _boards.add(self)
 
     @property
     def is_closed(self) -> bool:
@@ -203,11 +206,37 @@ class Board:
             self._bytes[_HEADER:] = bytes(2 * _SLOT)
             if self.name:
                 _unlink_if_same(self.name, self._descriptor)
+        self._let_go()
+
+    def become_read_only(self) -> None:
+        """In a forked child: keep what ``reader()`` needs, and neither the writable map nor the parent's lock.
+
+        A lock belongs to the open file, which a fork shares: the child would hold the name after the parent's end.
+        """
+        if self._closed:
+            return
+        with contextlib.suppress(OSError):  # no /proc, as on macOS, and no such locks there either
+            reopened = os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+            self._let_go()
+            self._descriptor = self._handed_over = reopened
+
+    def _let_go(self) -> None:
         self._words.release()
         self._bytes.release()
         self._segment.close()
         for descriptor in {self._descriptor, self._handed_over}:
             os.close(descriptor)
+
+
+_boards: weakref.WeakSet[Board] = weakref.WeakSet()
+
+
+def _become_read_only() -> None:
+    for board in list(_boards):
+        board.become_read_only()
+
+
+os.register_at_fork(after_in_child=_become_read_only)
 
 
 class ReportBox:
@@ -221,22 +250,26 @@ class ReportBox:
         self._creator = os.getpid() if create else None
         self._is_closed = False
         flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
-        if create:
-            with contextlib.suppress(FileNotFoundError):
-                _posixshmem.shm_unlink("/" + self._name)  # left behind by the board's former owner
         try:
-            self._descriptor = _shm_open(self._name, flags)
             if create:
-                os.fchmod(self._descriptor, 0o600)
-                os.ftruncate(self._descriptor, 8)
-            elif os.fstat(self._descriptor).st_uid != os.geteuid() or os.fstat(self._descriptor).st_size != 8:  # noqa: PLR2004 - one word
-                detail = "another user holds it"
-                raise ForeignBoardError(self._name, detail)
-            self._segment = mmap.mmap(self._descriptor, 8)
+                _unlink_if_there(self._name)  # left behind by the board's former owner
+            self._descriptor = _shm_open(self._name, flags)
         except FileNotFoundError:
             raise BoardNotFoundError(self._name) from None
+        except PermissionError:
+            detail = "another user holds this name"
+            raise ForeignBoardError(self._name, detail) from None
         except OSError as exc:
             raise BoardError(self._name, exc.strerror or str(exc)) from None
+        try:
+            if create:
+                os.fchmod(self._descriptor, 0o600)
+                os.ftruncate(self._descriptor, _WORD)
+            _check_reports(self._descriptor, self._name)
+            self._segment = mmap.mmap(self._descriptor, _WORD)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
         self._word = memoryview(self._segment).cast("Q")
 
     def report(self, generation: int) -> None:
@@ -329,17 +362,34 @@ def named_board(name: str) -> Board:
             continue
         except OSError as exc:
             raise BoardError(name, exc.strerror or str(exc)) from None
-        try:
-            os.fchmod(descriptor, 0o600)
-            _try_lock(descriptor)
-            _allocate(descriptor, name)
-            return Board(descriptor, name)
-        except BaseException:
-            _unlink_if_same(name, descriptor)
-            os.close(descriptor)
-            raise
-    detail = "it keeps appearing and vanishing"
+        board = _settled(descriptor, name)
+        if board is not None:
+            return board
+    detail = "it keeps appearing and vanishing, or a process that cannot be seen from here holds its lock"
     raise BoardError(name, detail)
+
+
+def _settled(descriptor: int, name: str) -> Board | None:
+    """Make a board of a new segment; None where another process has taken it for an abandoned one already.
+
+    The header comes before the lock: who finds the segment in between locks it, reads that its owner runs, and
+    lets go.
+    """
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(os.close, descriptor)
+        on_error.callback(_unlink_if_same, name, descriptor)
+        os.fchmod(descriptor, 0o600)
+        _allocate(descriptor, name)
+        board = Board(descriptor, name)
+        on_error.pop_all()
+        on_error.callback(board.close)
+        give_up = time.monotonic() + _COMPLETE_WITHIN
+        while not _try_lock(descriptor) and time.monotonic() < give_up:
+            time.sleep(0.001)
+        if board.has_vanished():
+            return None
+        on_error.pop_all()
+        return board
 
 
 def attach_named(name: str) -> BoardReader:
@@ -368,6 +418,7 @@ def sweep_abandoned() -> list[str]:
                     continue
                 with _opened(entry.name) as descriptor:
                     if _is_abandoned(descriptor, entry.name):
+                        _unlink_if_there(entry.name + _REPORTS)
                         _unlink_if_same(entry.name, descriptor)
                         swept.append(entry.name)
     return swept
@@ -379,7 +430,8 @@ def start_time_of(pid: int) -> int:
         text = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
         return 0
-    return int(text.rpartition(b")")[2].split()[19])  # field 22 of proc_pid_stat(5); the name may hold spaces
+    fields = text.rpartition(b")")[2].split()  # field 3 of proc_pid_stat(5) and on; the name before may hold spaces
+    return 0 if fields[0] in {b"Z", b"X"} else int(fields[19])  # a zombie has ended, though nobody has reaped it
 
 
 def _attach_handed_over(duplicate: Any, name: str) -> BoardReader:  # noqa: ANN401 - multiprocessing's DupFd has no type
@@ -405,8 +457,10 @@ def _checked_payload(record: bytes, version: int) -> bytes | None:
 
 
 def _check_name(name: str) -> None:
-    if not isinstance(name, str) or not name or "/" in name or "\0" in name or len(name) > _MAX_NAME or name[0] == ".":
-        msg = f"memory_name {name!r} must have 1 to {_MAX_NAME} characters, no slash, and not begin with a dot"
+    is_text = isinstance(name, str) and 0 < len(name) <= _MAX_NAME and "/" not in name and "\0" not in name
+    if not is_text or name.startswith(".") or name.endswith(_REPORTS):
+        what = f"1 to {_MAX_NAME} characters, no slash, no dot at the beginning and no {_REPORTS} at the end"
+        msg = f"memory_name {name!r} must have {what}"
         raise ValueError(msg)
 
 
@@ -458,6 +512,13 @@ def _check_header(descriptor: int, name: str) -> tuple[int, int]:
         time.sleep(0.001)  # its creator is between two system calls
 
 
+def _check_reports(descriptor: int, name: str) -> None:
+    found = os.fstat(descriptor)
+    if found.st_uid != os.geteuid() or found.st_size != _WORD:
+        detail = "another user or program holds this name"
+        raise ForeignBoardError(name, detail)
+
+
 def _is_abandoned(descriptor: int, name: str) -> bool:
     """Apply rule 9. The lock goes with the owner, in whatever pid namespace it lived."""
     if not _try_lock(descriptor):
@@ -507,9 +568,13 @@ def _unlink_if_same(name: str, descriptor: int) -> bool:
     finally:
         os.close(found)
     if same:
-        with contextlib.suppress(FileNotFoundError):
-            _posixshmem.shm_unlink("/" + name)
+        _unlink_if_there(name)
     return same
+
+
+def _unlink_if_there(name: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        _posixshmem.shm_unlink("/" + name)
 
 
 def _try_lock(descriptor: int) -> bool:

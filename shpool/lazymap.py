@@ -13,6 +13,7 @@ import operator
 import queue
 import time
 from collections import deque
+from concurrent import futures
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ class MapOptions:
     def __post_init__(self) -> None:
         for name in ("chunksize", "buffersize"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 msg = f"{name} must be an integer >= 1 or None, not {value!r}"
                 raise ValueError(msg)
 
@@ -92,7 +93,7 @@ class BatchSizer:
         self._size = max(1, min(wanted, items * _GROWTH, LARGEST_BATCH))
 
 
-@dataclass
+@dataclass(eq=False)  # comparing batches would compare the user's items
 class _Batch:
     items: list[Any]
     future: Future[Any]
@@ -130,21 +131,30 @@ class LazyMap:
 
     def in_order(self) -> Iterator[Any]:
         """Yield the results in the order of the items."""
+        return _begun(self._in_order())
+
+    def as_completed(self) -> Iterator[Any]:
+        """Yield the results as they come."""
+        return _begun(self._as_completed())
+
+    def _in_order(self) -> Iterator[Any]:
         try:
+            yield None
             while self._under_way:
-                batch = self._under_way.popleft()
+                batch = self._under_way[0]  # not taken out yet: it too is cancelled when the wait for it is given up
                 yield from self._results_of(batch)
+                self._under_way.popleft()
                 self._held -= len(batch.items)
                 self._fill()
             self._raise_input_error()
         finally:
             self._cancel_rest()
 
-    def as_completed(self) -> Iterator[Any]:
-        """Yield the results as they come."""
+    def _as_completed(self) -> Iterator[Any]:
         for batch in self._under_way:
             self._announce(batch)
         try:
+            yield None
             while self._under_way:
                 batch = self._next_landed()
                 self._under_way.remove(batch)
@@ -175,7 +185,7 @@ class LazyMap:
         items: list[Any] = []
         try:
             items.extend(itertools.islice(self._items, size))
-        except BaseException as exc:  # noqa: BLE001 - raised where the consumer has taken what came before it
+        except Exception as exc:  # noqa: BLE001 - raised where the consumer has taken what came before it
             self._input_error = exc
         if len(items) < size:
             self._is_exhausted = True
@@ -203,6 +213,8 @@ class LazyMap:
         try:
             outcome: BatchResult = self._wait(batch.future)
         except UnpicklableError:
+            if len(batch.items) == 1:
+                raise
             outcome = BatchResult([], {}, 0.0)  # one item spoils the batch; alone, each answers for itself
         self._sizer.note(len(outcome.results), outcome.seconds)
         if not outcome.errors and len(outcome.results) == len(batch.items):
@@ -238,7 +250,12 @@ class LazyMap:
     def _wait(self, future: Future[Any]) -> Any:  # noqa: ANN401 - the user's own results
         if self._give_up == math.inf:
             return future.result()
-        return future.result(max(0.0, self._give_up - time.monotonic()))
+        try:
+            return future.result(max(0.0, self._give_up - time.monotonic()))
+        except futures.TimeoutError:  # before Python 3.11 not the built-in one
+            if future.done():
+                raise  # the task's own
+            raise TimeoutError from None
 
     def _next_landed(self) -> _Batch:
         try:
@@ -256,3 +273,9 @@ class LazyMap:
     def _cancel_rest(self) -> None:
         for batch in self._under_way:
             batch.future.cancel()
+
+
+def _begun(results: Iterator[Any]) -> Iterator[Any]:
+    """Return the generator past its first yield: one that was never begun would not clean up when it is closed."""
+    next(results)
+    return results

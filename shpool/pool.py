@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shpool.engines.base import Engine, Task, WorkerSetup
-from shpool.errors import TokenUnavailableError
+from shpool.errors import LoginError, TokenUnavailableError
 from shpool.lazymap import LazyMap, MapOptions
 from shpool.refresh import State
 from shpool.sharing import NamedChannel, SharingThread, TeeChannel
@@ -194,7 +194,7 @@ class AuthenticatedProcessPool(_Submitting):
         self._state = "new"
         self._engine: Engine | None = None
         self._sharing: SharingThread | None = None
-        self._owner = os.getpid()
+        self._owner = 0  # process that started it
 
     # Life
 
@@ -245,7 +245,7 @@ class AuthenticatedProcessPool(_Submitting):
         """Return what the pool has done so far, and how its token stands."""
         with self._lock:
             state, engine, sharing = self._state, self._engine, self._sharing
-        if state == "closing" and (engine is None or engine.has_ended):
+        if state != "new" and (engine is None or engine.has_ended):
             state = "closed"
         tally = engine.tally if engine is not None else None
         refresher = sharing.refresher if sharing is not None else None
@@ -309,18 +309,22 @@ class AuthenticatedProcessPool(_Submitting):
             raise
         engine.on_refused = sharing.refresher.report_refused
         engine.on_end = sharing.end
-        self._engine, self._sharing = engine, sharing
+        self._engine, self._sharing, self._owner = engine, sharing, os.getpid()
         _live.add(self)
         engine.start()
         # Neither the engine nor the sharing knows the pool, so one that is forgotten is collected, and then ends.
         weakref.finalize(self, engine.shutdown).atexit = False
         try:
             sharing.start()
-        except BaseException:
+            if engine.has_ended:  # so soon: it has called sharing.end() too early
+                sharing.end()
+        except BaseException as exc:
             self._state = "closing"
             engine.shutdown(cancel=True, kill=True)
             engine.join()
-            raise
+            if engine.failure is None or isinstance(exc, LoginError) or not isinstance(exc, Exception):
+                raise
+            raise engine.failure from None  # that ended the sharing, in which the login then failed
         self._state = "running"
 
     def _make_engine(self) -> Engine:
@@ -333,7 +337,7 @@ class AuthenticatedProcessPool(_Submitting):
         return Crew(self._workers, self._setup, blanked=_secret_variables(self._session))
 
     def _close(self, *, cancel: bool, kill: bool, wait: bool) -> None:
-        if os.getpid() != self._owner:
+        if self._engine is not None and os.getpid() != self._owner:
             return  # a forked child: the pool is its parent's
         with self._lock:
             self._state = "closing"
@@ -409,5 +413,12 @@ def _end_all() -> None:
             pool.shutdown(wait=True)
 
 
+def _renew_locks() -> None:
+    """Run in a forked child: threads that are not there may have held them."""
+    for pool in list(_live):
+        pool._lock = threading.RLock()  # noqa: SLF001 - this module's own class
+
+
 _live: weakref.WeakSet[AuthenticatedProcessPool] = weakref.WeakSet()
 atexit.register(_end_all)
+os.register_at_fork(after_in_child=_renew_locks)

@@ -8,7 +8,8 @@ The rules:
     rest of the window is time to try again.
  3. Two logins are at least the floor apart: 5 s, or a tenth of the lifetime where that is less.
  4. A failed login is tried again with full-jitter backoff, no sooner than the endpoint's Retry-After, without end.
- 5. The token in hand is served until it has really ended, whatever fails meanwhile.
+ 5. The token in hand is served until it has really ended, whatever fails meanwhile. A login that brings an expired
+    token has failed in this sense.
  6. Only a refusal for good (invalid_client, unauthorized_client, invalid_scope) ends the attempts.
  7. A login that brings no later end is no progress: the next one waits as after a failure, and no longer than
     until shortly after the token's end, when the provider has to mint another.
@@ -30,7 +31,7 @@ import threading
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from shpool.errors import LoginError, LoginRefusedError
+from shpool.errors import LoginError, LoginRefusedError, TokenTooLargeError
 from shpool.redaction import fingerprint
 from shpool.retry import Backoff
 from shpool.tokens import Posting
@@ -50,6 +51,7 @@ FORCED_GAP = 5.0  # s between two logins that workers asked for
 LONGEST_NAP = 30.0  # s until the clocks are looked at again
 LONGEST_RETRY_AFTER = 3600.0  # s; an endpoint that asks for more is asked again after an hour
 SHORTEST_PAUSE = 0.05  # s after a failure: full jitter may draw nothing at all
+_LONGEST_ERROR = 1000  # characters of an error that readers are told; a server's words may be of any length
 _AFTER_END = 0.05  # s past the end, when a provider that repeats tokens must mint another
 
 
@@ -96,7 +98,7 @@ class History:
 
     def posting(self) -> Posting:
         """Return what readers should know."""
-        return Posting(self.token, "" if self.error is None else str(self.error), self.is_final)
+        return Posting(self.token, "" if self.error is None else str(self.error)[:_LONGEST_ERROR], self.is_final)
 
 
 def refresh_window(lifetime: float, refresh_before_expiry: float) -> float:
@@ -147,6 +149,8 @@ def after_login(
         pause = max(floor, backoff_for(token.lifetime).delay(history.failures, rng))
         if left > 0:
             pause = max(floor, min(pause, left + _AFTER_END))
+        if left <= 0:
+            fresh = replace(fresh, token=_longer_lived(token, history.token), error=expired_on_arrival())
         return replace(fresh, due=now.boot + pause, not_before=now.boot + pause, failures=history.failures + 1)
     window = refresh_window(token.lifetime, refresh_before_expiry)
     due = now.boot + left - window * rng.uniform(*REFRESH_POINT)
@@ -167,6 +171,16 @@ def after_failure(history: History, error: LoginError, now: Instant, *, rng: ran
 def after_report(history: History, generation: int) -> History:
     """Return the history once a reader has reported a refused generation (rule 8)."""
     return replace(history, refused_generation=max(history.refused_generation, generation))
+
+
+def expired_on_arrival() -> LoginError:
+    """Return the error of a login that answered a token without any life left."""
+    return LoginError("session", "the token it gave had already expired")
+
+
+def _longer_lived(token: Token, before: Token | None) -> Token:
+    """Return what to go on with (rule 5)."""
+    return token if before is None or before.deadline <= token.deadline else before
 
 
 def _is_no_progress(before: Token | None, after: Token) -> bool:
@@ -213,6 +227,7 @@ class Refresher:
         self._rng = rng or random.Random()  # noqa: S311 - jitter, no cryptography
         self._lock = threading.Lock()
         self._history = History()  # replaced under _lock: reports come from any thread, all else from the loop's
+        self._newest = 0  # generation ever shown to a reader; set before it is shown
         self._stopped = False
         self.logins = 0
         self.failures = 0
@@ -229,12 +244,19 @@ class Refresher:
     def first_login(self) -> Token:
         """Log in and publish, in the caller's thread; what goes wrong is raised and nothing is published."""
         token = self._login(None)
+        if token.remaining(self._clock.now()) <= 0:
+            raise expired_on_arrival()
         self._take(token)
         return token
 
     def report_refused(self, generation: int) -> None:
-        """Take a reader's word that a server refused the token of this generation; any thread."""
+        """Take a reader's word that a server refused the token of this generation; any thread.
+
+        Nobody can have been refused with a generation that was never shown: such a report would stand for ever.
+        """
         with self._lock:
+            if generation > self._newest:
+                return
             known = self._history.refused_generation
             self._history = after_report(self._history, generation)
             is_news = self._history.refused_generation > known and self._history.is_reported
@@ -259,15 +281,12 @@ class Refresher:
         """Log in once; take what comes, a token or an error."""
         try:
             token = self._login(self._history.token)
-        except LoginError as exc:
-            if not self._stopped:
-                self._note_failure(exc)
-        except Exception as exc:  # noqa: BLE001 - border: whatever a user's own session raises, the loop lives on
-            if not self._stopped:
-                self._note_failure(LoginError("session", f"{type(exc).__name__}: {exc}"))
-        else:
             if not self._stopped:
                 self._take(token)
+        except LoginError as exc:
+            self._note_failure(exc)
+        except Exception as exc:  # noqa: BLE001 - border: a user's own session, or a token too large, ends no loop
+            self._note_failure(LoginError("session", f"{type(exc).__name__}: {exc}"))
 
     def _take(self, token: Token) -> None:
         now = self._clock.now()
@@ -275,6 +294,8 @@ class Refresher:
         history = after_login(
             self._history, token, now, refresh_before_expiry=self._refresh_before_expiry, rng=self._rng
         )
+        with self._lock:
+            self._newest = max(self._newest, token.generation)
         self._publish(history.posting())  # a token too large for the channel is not adopted
         self._adopt(history)
         self.logins += is_another
@@ -282,11 +303,16 @@ class Refresher:
         logger.info("token %s of generation %d is shared, %.0f s left", mark, token.generation, left)
 
     def _note_failure(self, error: LoginError) -> None:
+        if self._stopped:
+            return
         now = self._clock.now()
         history = after_failure(self._history, error, now, rng=self._rng)
         self._adopt(history)
         self.failures += 1
-        self._publish(history.posting())
+        try:
+            self._publish(history.posting())
+        except TokenTooLargeError:  # together with the error's text; the token alone was shown before
+            self._publish(replace(history.posting(), error=""))
         if history.is_final:
             logger.error("no further logins: %s", error)
         else:

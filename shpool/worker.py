@@ -126,7 +126,7 @@ def load_error(data: bytes) -> BaseException:
     pickled, text = load(data)
     try:
         error: object = load(pickled)
-    except Exception as exc:  # noqa: BLE001 - border: unpickling runs the error's own code
+    except BaseException as exc:  # noqa: BLE001 - border: unpickling runs the error's own code
         error = UnpicklableError("exception", text.strip().rpartition("\n")[2], _reason(exc))
     if not isinstance(error, BaseException):
         error = UnpicklableError("exception", shortened(error), "it is no exception once unpickled")

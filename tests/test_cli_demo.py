@@ -26,9 +26,15 @@ GOOD = Outcome(
 )
 
 
-def run_demo(*options: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "shpool_cli.app", "demo", *options]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+# Twice the command's own lifetime: with tests on all processors, a login and a request under way may together take
+# longer than the 0.2 s that are left of a 2-second token when it is renewed.
+DEMO = "import sys, shpool_cli.demo as demo; sys.exit(demo.run_demo(40, lifetime=4.0, progress=True, as_json=True))"
+
+
+def run(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def test_one_login_per_lifetime_and_one_ahead_is_good() -> None:
@@ -38,6 +44,12 @@ def test_one_login_per_lifetime_and_one_ahead_is_good() -> None:
 @pytest.mark.parametrize("change", [{"right": 299}, {"unauthorized": 1}, {"logins": 6}])
 def test_a_wrong_tile_a_401_or_a_login_too_many_is_not(change: dict[str, int]) -> None:
     assert not dataclasses.replace(GOOD, **change).is_good
+
+
+def test_a_slow_machine_may_have_more_early_refreshes() -> None:
+    slow = dataclasses.replace(GOOD, lifetimes=10, logins=12)
+    assert slow.is_good
+    assert not dataclasses.replace(slow, logins=13).is_good
 
 
 def test_the_table_is_aligned() -> None:
@@ -53,25 +65,19 @@ def test_a_summary_tells_contents_apart() -> None:
 
 @pytest.mark.slow
 def test_the_demo_gets_every_tile_right_with_a_login_per_lifetime(child_env: dict[str, str]) -> None:
-    run = run_demo("--json", "--tiles", "40", env=child_env)
-    assert run.returncode == 0, run.stderr + run.stdout
-    outcome = json.loads(run.stdout)
+    ended = run("-c", DEMO, env=child_env)
+    assert ended.returncode == 0, ended.stderr + ended.stdout
+    outcome = json.loads(ended.stdout)
     assert (outcome["tiles"], outcome["right"], outcome["unauthorized"]) == (40, 40, 0)
     assert outcome["lifetimes"] >= 3
-    assert 3 <= outcome["logins"] <= outcome["lifetimes"] + 1
+    assert outcome["logins"] >= 3
+    assert outcome["is_good"]
     assert outcome["plain_pool_logins"] == 4 * outcome["lifetimes"]
-    assert run.stderr == ""
+    assert "40/40" in ended.stderr
 
 
 @pytest.mark.slow
-def test_the_demo_can_show_a_bar(child_env: dict[str, str]) -> None:
-    run = run_demo("--progress", "--tiles", "8", "--workers", "2", env=child_env)
-    assert run.returncode == 0, run.stderr + run.stdout
-    assert "8/8" in run.stderr
-    assert run.stdout.startswith("tiles right")
-
-
 def test_no_tiles_is_bad_usage(child_env: dict[str, str]) -> None:
-    run = run_demo("--tiles", "0", env=child_env)
-    assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.startswith("error:")
+    ended = run("-m", "shpool_cli.app", "demo", "--tiles", "0", env=child_env)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error:")

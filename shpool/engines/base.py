@@ -109,6 +109,10 @@ class Engine(Protocol):
     def backlog(self) -> int:
         """How many tasks are not settled yet."""
 
+    @property
+    def failure(self) -> Exception | None:
+        """Why no task can run any more, whatever is done; None while they can."""
+
     def start(self) -> None:
         """Launch the workers; returns without waiting for them."""
 

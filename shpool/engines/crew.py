@@ -17,6 +17,7 @@ import os
 import select
 import threading
 import time
+import weakref
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, cast
 
@@ -45,9 +46,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TINY = 0.002  # s; only while tasks are shorter does more than one travel to a worker at a time
+_TINY = 0.002  # s; only while a function's calls are shorter does more than one travel to a worker at a time
+_NOT_TINY_AFTER = 0.02  # s; whatever was measured, nothing is sent to wait behind a call that has run so long
+_MOST_PACES = 1024  # functions whose pace is remembered
+_PACE_MEMORY = 0.2  # share of the newest call's time in the running mean
 _MOST_UNDER_WAY = 4  # tiny tasks at a worker: enough to hide a round trip (measured: 2 give 99,000/s, 4 183,000/s)
 _MOST_FALSE_STARTS = 3  # workers in a row that die before they are ready: then the machine or the code is at fault
+_LAUNCH_PAUSE = 1.0  # s after the system refused a process or a descriptor
 _STOP_WITHIN = 5.0  # s a worker may take to end by itself
 _LONGEST_NAP = 3600.0  # s
 
@@ -74,15 +79,18 @@ class Crew:
         self._backoff = Backoff(base=0.1, cap=10.0)
         self._thread = threading.Thread(target=self._loop, name="shpool-crew", daemon=True)
         self._poll = select.poll()  # the loop's alone
-        self._bell_in, self._bell_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._owner = os.getpid()
+        self._bell_in = self._bell_out = -1  # a pipe once started
+        self._launch_not_before = 0.0
 
-        self._lock = threading.Lock()  # guards all that follows
+        # Guards all that follows. It can be taken twice: a forgotten pool is collected in whatever thread makes the
+        # garbage collector run, this module's included, and then calls shutdown().
+        self._lock = threading.RLock()
         self._members: dict[int, Member] = {}  # by the lifeline's descriptor
         self._queue: collections.deque[Flight] = collections.deque()
         self._delayed: list[tuple[float, int, Flight]] = []  # a heap
         self._pending = 0  # flights whose future is not settled
         self._timed = 0  # of these, how many have a timeout
+        self._paces: dict[bytes, float] = {}  # seconds a call takes, by the function's key
         self._false_starts = 0
         self._is_closing = self._is_killing = self._has_ended = False
         self._fatal: Exception | None = None
@@ -110,8 +118,17 @@ class Crew:
         with self._lock:
             return [member.pid for member in self._members.values()]
 
+    @property
+    def failure(self) -> Exception | None:
+        """Why no task can run any more; None while they can."""
+        return self._fatal
+
     def start(self) -> None:
         """Launch the workers from the loop's thread; returns at once."""
+        self._bell_in, self._bell_out = os.pipe()
+        os.set_blocking(self._bell_in, False)
+        os.set_blocking(self._bell_out, False)
+        _started.add(self)
         self._thread.start()
 
     def prepare(self, fn: Callable[..., Any]) -> PackedFunction:
@@ -171,6 +188,19 @@ class Crew:
             self._thread.join(timeout)
         return not self._thread.is_alive()
 
+    def let_go(self) -> None:
+        """Close a forked child's copies of the descriptors; with them open, workers would outlive their parent."""
+        self._lock = threading.RLock()  # a thread that is not in the child may hold the other one
+        if self._has_ended:
+            return
+        text = "the pool belongs to the process that started it; a forked child needs one of its own"
+        self._fatal, self._has_ended = RuntimeError(text), True
+        for member in self._members.values():
+            member.let_go()
+        os.close(self._bell_in)
+        os.close(self._bell_out)
+        self._channel.close()
+
     # What follows runs under the lock, decides and sends; it calls nobody's code.
 
     def _refuse_if_over(self) -> None:
@@ -184,10 +214,11 @@ class Crew:
         """Send queued flights to workers with room; tell whether the loop must send the rest of a message."""
         has_unsent = False
         while self._queue:
-            member = self._roomiest()
+            flight = self._queue[0]
+            member = self._roomiest(may_wait=self._is_tiny(flight))
             if member is None:
                 break
-            flight = self._queue.popleft()
+            self._queue.popleft()
             if not flight.is_running and not flight.future.set_running_or_notify_cancel():
                 self._pending -= 1
                 self._timed -= flight.task.timeout is not None
@@ -202,21 +233,35 @@ class Crew:
             has_unsent |= member.has_unsent
         return has_unsent or (self._timed > 0)
 
-    def _roomiest(self) -> Member | None:
-        """Return the worker to send to next: an idle one, else one at tiny tasks that can take one more."""
+    def _roomiest(self, *, may_wait: bool) -> Member | None:
+        """Return the worker to send to next: an idle one, else one at tiny tasks behind which another may wait."""
         best: Member | None = None
         for member in self._members.values():
             if not member.is_ready or member.is_gone or member.doom is not None:
                 continue
             if not member.flights:
                 return member
-            is_tiny = member.pace is not None and member.pace < _TINY
-            if is_tiny and len(member.flights) < _MOST_UNDER_WAY and not member.has_unsent:
-                best = member if best is None or len(member.flights) < len(best.flights) else best
+            if may_wait and len(member.flights) < (_MOST_UNDER_WAY if best is None else len(best.flights)):
+                best = member if self._is_tiny(member.flights[0]) and self._has_just_begun(member) else best
         return best
 
+    def _is_tiny(self, flight: Flight) -> bool:
+        """Tell whether this function's calls were measured to be tiny; what is sent cannot be cancelled any more."""
+        return not flight.task.batch and self._paces.get(flight.function.key, _TINY) < _TINY
+
+    @staticmethod
+    def _has_just_begun(member: Member) -> bool:
+        return not member.has_unsent and time.monotonic() - member.head_since < _NOT_TINY_AFTER
+
+    def _note_pace(self, flight: Flight, seconds: float) -> None:
+        """Take the time of one call into its function's running mean."""
+        if len(self._paces) >= _MOST_PACES:
+            self._paces.clear()
+        known = self._paces.setdefault(flight.function.key, seconds)
+        self._paces[flight.function.key] = known + _PACE_MEMORY * (seconds - known)
+
     def _ring(self) -> None:
-        if not self._is_rung and not self._has_ended:
+        if not self._is_rung and not self._has_ended and self._bell_out >= 0:
             self._is_rung = True
             with contextlib.suppress(BlockingIOError):
                 os.write(self._bell_out, b"!")
@@ -248,22 +293,28 @@ class Crew:
         """Launch a worker if one is missing; one at a time, so that those already there are heard meanwhile."""
         if len(self._members) >= self.workers or (self._is_closing and len(self._members) >= self._pending):
             return
+        if time.monotonic() < self._launch_not_before:
+            return
         try:
-            member = Member.launch(self._board, self._pickled_setup, self._setup.env, self._blanked)
+            with _launching:
+                member = Member.launch(self._board, self._pickled_setup, self._setup.env, self._blanked)
+                with self._lock:
+                    self._members[member.fileno()] = member
         except OSError as exc:
             if not self._members:
                 self._fail_all(InitializerError(f"no worker process can be started: {exc}"))
-            logger.warning("a worker process cannot be started: %s", exc)
+            logger.warning("a worker process cannot be started: %s; next attempt in %.0f s", exc, _LAUNCH_PAUSE)
+            self._launch_not_before = time.monotonic() + _LAUNCH_PAUSE
             return
         self._poll.register(member.fileno(), select.POLLIN)
-        with self._lock:
-            self._members[member.fileno()] = member
 
     def _nap_ms(self) -> float:
         with self._lock:
-            if len(self._members) < self.workers and not self._is_closing:
-                return 0.0
             moments = [self._delayed[0][0]] if self._delayed else []
+            if len(self._members) < self.workers and not self._is_closing:
+                if self._launch_not_before <= time.monotonic():
+                    return 0.0
+                moments.append(self._launch_not_before)
             if self._timed:
                 moments += [limit for limit, _ in self._limits()]
         if not moments:
@@ -282,8 +333,8 @@ class Crew:
         for descriptor, event in events:
             if descriptor == self._bell_in:
                 with self._lock:
-                    self._is_rung = False
                     os.read(self._bell_in, 64)
+                    self._is_rung = False
                     self._watch_unsent()
                 continue
             member = self._members[descriptor]
@@ -316,8 +367,9 @@ class Crew:
         if message.kind not in {Kind.RESULT, Kind.ERROR}:
             return None
         flight = member.flights.popleft()
+        member.head_since = time.monotonic()
         if not flight.task.batch:
-            member.note_pace(message.seconds)
+            self._note_pace(flight, message.seconds)
         return flight
 
     def _take(self, member: Member, flight: Flight | None, message: Message) -> None:
@@ -346,7 +398,7 @@ class Crew:
                 results, errors = result
                 errors = {index: load_error(pickled) for index, pickled in errors.items()}
                 result = BatchResult(results, errors, message.seconds)
-        except Exception as exc:  # noqa: BLE001 - border: unpickling runs the result's own code
+        except BaseException as exc:  # noqa: BLE001 - border: unpickling runs the result's own code
             reason = f"it cannot be unpickled in the parent: {type(exc).__name__}: {exc}"
             self._settle(flight, UnpicklableError("result", f"the result of {flight.task.label}", reason))
         else:
@@ -394,7 +446,7 @@ class Crew:
         self._poll.unregister(member.fileno())
         with self._lock:
             del self._members[member.fileno()]
-            head = member.flights.popleft() if member.flights and member.is_ready else None
+            head = member.flights.popleft() if member.flights and not self._may_go_again(member) else None
             self._queue.extendleft(reversed(member.flights))
             self._false_starts += not member.is_ready
             self.tally.workers_lost += 1
@@ -411,6 +463,15 @@ class Crew:
         else:  # the doomed task had just ended, and the next one was hit in its place
             with self._lock:
                 self._queue.appendleft(head)
+
+    @staticmethod
+    def _may_go_again(member: Member) -> bool:
+        """Tell whether the lost worker had not begun its task; once for each, lest it is the reading that kills."""
+        is_unread = member.died_unread and member.doom is None and len(member.flights) == 1
+        if not is_unread or member.flights[0].was_unread:
+            return False
+        member.flights[0].was_unread = True
+        return True
 
     def _take_loss(self, flight: Flight, error: TaskError) -> None:
         if flight.task.batch and isinstance(error, WorkerLostError):
@@ -435,12 +496,17 @@ class Crew:
         """The pool is beyond help: all its futures get this error, and so does every later submit."""
         with self._lock:
             self._fatal = error
+        self._drop_waiting(lambda _: error)
+
+    def _drop_waiting(self, error_for: Callable[[Flight], Exception]) -> None:
+        """Settle what is queued or delayed."""
+        with self._lock:
             flights = [*self._queue, *(flight for _, _, flight in self._delayed)]
             self._queue.clear()
             self._delayed.clear()
         for flight in flights:
             if flight.is_running or flight.future.set_running_or_notify_cancel():
-                self._settle(flight, error)
+                self._settle(flight, error_for(flight))
             else:
                 self._forget(flight)
 
@@ -456,12 +522,16 @@ class Crew:
             else:
                 member.send(encode(Kind.STOP))
         for flight in running:
-            self._settle(flight, self._fatal or TaskTerminatedError(flight.task.label))
+            self._settle(flight, self._ending_of(flight))
+        self._drop_waiting(self._ending_of)  # a worker lost meanwhile has put its own back into the queue
         give_up = time.monotonic() + _STOP_WITHIN
         for member in members:
             self._poll.unregister(member.fileno())
             member.await_end(max(0.0, give_up - time.monotonic()))
             member.reap()
+
+    def _ending_of(self, flight: Flight) -> Exception:
+        return self._fatal or TaskTerminatedError(flight.task.label)
 
     def _end(self) -> None:
         with self._lock:
@@ -470,3 +540,15 @@ class Crew:
             os.close(self._bell_out)
         self.on_end()
         self._channel.close()
+
+
+def _let_go_all() -> None:
+    """Run in a forked child, before anything else there."""
+    _launching.release()
+    for crew in list(_started):
+        crew.let_go()
+
+
+_started: weakref.WeakSet[Crew] = weakref.WeakSet()
+_launching = threading.RLock()  # held at a worker's launch and at a fork: a child knows of every lifeline it got
+os.register_at_fork(before=_launching.acquire, after_in_parent=_launching.release, after_in_child=_let_go_all)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from shpool.engines.base import Task
     from shpool.sharing import TokenChannel
 
+_turn = threading.RLock()  # current_session() has one answer in a process, so one task runs at a time, of whatever pool
+
 
 class Inline:
     """Run each task inside ``submit``. A timeout cannot stop what runs in the caller's own thread, and is not kept.
@@ -30,6 +33,7 @@ class Inline:
 
     workers = 1
     backlog = 0
+    failure = None
 
     def __init__(self, setup: WorkerSetup | None = None) -> None:
         self._setup = setup or WorkerSetup()
@@ -38,7 +42,6 @@ class Inline:
         board = anonymous_board()
         self._channel = BoardChannel(board)
         self._session = SharedSession(board.reader(), report=self._report)
-        self._former: SharedSession | None = None
         self._backoff = Backoff(base=0.1, cap=10.0)
         self._is_begun = self.has_ended = False
         self.tally = Tally()
@@ -49,8 +52,7 @@ class Inline:
         return self._channel
 
     def start(self) -> None:
-        """Make the shared session this process's own."""
-        self._former = adopt_session(self._session)
+        """Do nothing: the session is this process's own only while a task runs."""
 
     def prepare(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function as it is."""
@@ -61,24 +63,22 @@ class Inline:
         if self.has_ended:
             msg = "cannot schedule new futures after shutdown"
             raise RuntimeError(msg)
-        self._begin()
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
         run = functools.partial(self._run_batch if task.batch else self._run, task)
-        try:
-            future.set_result(run())
-        except BaseException as exc:  # noqa: BLE001 - border: a task may raise anything
-            self.tally.failed += 1
-            future.set_exception(exc)
-        else:
-            self.tally.done += 1
+        with _turn:
+            former = adopt_session(self._session)
+            try:
+                self._begin()
+                self._settle(future, run)
+            finally:
+                adopt_session(former)
         return future
 
     def shutdown(self, *, cancel: bool = False, kill: bool = False) -> None:  # noqa: ARG002 - nothing is ever pending
-        """Give the process its former session back."""
+        """End at once."""
         if not self.has_ended:
             self.has_ended = True
-            adopt_session(self._former)
             self.on_end()
             self._channel.close()
 
@@ -96,6 +96,15 @@ class Inline:
             except Exception as exc:
                 raise InitializerError(f"{type(exc).__name__}: {exc}") from exc  # noqa: EM102, TRY003 - a field
         self._is_begun = True
+
+    def _settle(self, future: Future[Any], run: Callable[[], object]) -> None:
+        try:
+            future.set_result(run())
+        except BaseException as exc:  # noqa: BLE001 - border: a task may raise anything
+            self.tally.failed += 1
+            future.set_exception(exc)
+        else:
+            self.tally.done += 1
 
     def _run(self, task: Task) -> object:
         for attempt in range(task.retries + 1):

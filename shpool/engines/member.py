@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from shpool.errors import TaskError
 
 _REAP_WITHIN = 2.0  # s between the end of a lifeline and the end of its process
+_REAP_STEP = 0.01  # s
 _MOST_FUNCTIONS = 128  # a worker keeps at a time
-_PACE_MEMORY = 0.2  # share of the newest task time in the running mean
 
 
 class PackedFunction(NamedTuple):
@@ -47,6 +47,7 @@ class Flight:
     future: Future[Any]
     attempts: int = 0
     is_running: bool = False
+    was_unread: bool = False
 
 
 class Doom(NamedTuple):
@@ -67,7 +68,7 @@ class Member:
         is_gone: The worker's end of the lifeline is closed.
         doom: Set when the process was killed for the sake of one flight.
         head_since: Boot of the first flight's run, by ``time.monotonic``.
-        pace: Running mean of seconds a task takes here; None until one was measured.
+        died_unread: The worker ended before it had read all that was sent: it has not begun the last flight.
     """
 
     def __init__(self, process: Any, end: socket.socket) -> None:  # noqa: ANN401 - loky has no types
@@ -82,7 +83,7 @@ class Member:
         self.is_gone = False
         self.doom: Doom | None = None
         self.head_since = 0.0
-        self.pace: float | None = None
+        self.died_unread = False
 
     @classmethod
     def launch(cls, board: Board, setup: bytes, env: Mapping[str, str], blanked: Sequence[str]) -> Member:
@@ -105,6 +106,8 @@ class Member:
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 process.start()
+            except UnboundLocalError as exc:  # how loky 3.7 fails when it gets no pipe
+                raise exc.__context__ or exc from None
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 handle.keep_from_others()
@@ -158,7 +161,7 @@ class Member:
         except BlockingIOError:
             return
         except (BrokenPipeError, ConnectionResetError):
-            sent = len(self._outbox)  # the loop is about to read the end of the stream
+            return  # the loop is about to read the end of the stream
         del self._outbox[:sent]
 
     def receive(self) -> list[Message]:
@@ -169,10 +172,12 @@ class Member:
                 data = self._end.recv(RECEIVE_SIZE)
             except BlockingIOError:
                 return messages
-            except ConnectionResetError:
+            except ConnectionResetError:  # as the kernel tells that the other end closed with bytes unread
+                self.died_unread = True
                 data = b""
             if not data:
                 self.is_gone = True
+                self.died_unread |= bool(self._outbox)
                 return messages
             messages.extend(self._incoming.feed(data))
             if len(data) < RECEIVE_SIZE:
@@ -191,10 +196,9 @@ class Member:
         while not self.is_gone and ended.poll(max(0.0, give_up - time.monotonic()) * 1000):
             self.receive()
 
-    def note_pace(self, seconds: float) -> None:
-        """Take the time of one task into the running mean."""
-        self.pace = seconds if self.pace is None else self.pace + _PACE_MEMORY * (seconds - self.pace)
-        self.head_since = time.monotonic()
+    def let_go(self) -> None:
+        """Close a forked child's copy of the lifeline."""
+        self._end.close()
 
     def kill(self) -> None:
         """End the process at once."""
@@ -204,9 +208,16 @@ class Member:
     def reap(self) -> int | None:
         """Let go of the lifeline, wait for the end of the process, return its exit code."""
         self._end.close()
-        self._process.join(_REAP_WITHIN)
-        if self._process.exitcode is None:
+        exitcode = self._exitcode_within(_REAP_WITHIN)
+        if exitcode is None:
             self.kill()
-            self._process.join(_REAP_WITHIN)
+            exitcode = self._exitcode_within(_REAP_WITHIN)
+        return exitcode
+
+    def _exitcode_within(self, seconds: float) -> int | None:
+        """Wait for the end in steps: loky waits for a pipe that the worker's own children may hold open."""
+        give_up = time.monotonic() + seconds
+        while self._process.exitcode is None and time.monotonic() < give_up:
+            self._process.join(_REAP_STEP)
         exitcode: int | None = self._process.exitcode
         return exitcode

@@ -125,6 +125,10 @@ class Lifeline:
         with self._writing:
             self._end.sendall(encode(kind, number, payload, seconds=seconds))
 
+    def let_go(self) -> None:
+        """Close a forked child's copy."""
+        os.close(self._end.detach())
+
     def end_with_parent(self) -> None:
         """End this process when the parent is gone, whatever the main thread does; runs in a thread."""
         watch = select.poll()
@@ -152,6 +156,8 @@ def work(handed_over: socket.socket, board: BoardHandle | BoardReader, setup: by
         if not os.environ.get(name):
             os.environ.pop(name, None)
     lifeline = Lifeline(handed_over)
+    # What a task forks must not keep the lifeline open: the parent would not see this worker's end.
+    os.register_at_fork(after_in_child=lifeline.let_go)
     threading.Thread(target=lifeline.end_with_parent, name="shpool-watch", daemon=True).start()
     try:
         _initialise(lifeline, board, setup)

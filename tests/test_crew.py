@@ -1,0 +1,700 @@
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import itertools
+import logging
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from concurrent.futures import ALL_COMPLETED, CancelledError, Future, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+from pool_tasks import (
+    Unpicklable,
+    add,
+    begin_and_wait,
+    descriptors,
+    die,
+    double,
+    echo,
+    environment,
+    fail,
+    fork_sleeper,
+    functions_held,
+    hang_once,
+    leave,
+    pid,
+    raise_here_only,
+    raise_keyword_only,
+    refuse_to_start,
+    return_exits_on_load,
+    return_here_only,
+    sleeper_and_wait,
+    slow_pid,
+    wait_for,
+)
+
+from shpool.engines.base import Task, WorkerSetup
+from shpool.engines.crew import Crew
+from shpool.errors import (
+    InitializerError,
+    TaskTerminatedError,
+    TaskTimeoutError,
+    UnpicklableError,
+    WorkerLostError,
+)
+from shpool.lazymap import LazyMap, MapOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+pytestmark = pytest.mark.slow  # worker processes take a quarter of a second to start
+
+PATIENCE = 30.0  # s
+
+
+def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
+    """Return once the condition holds; fail the test if it does not come to."""
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up, "this never came true"
+        time.sleep(0.005)
+
+
+def is_gone(process_id: int) -> bool:
+    """Tell whether a process has ended; nobody may have reaped it yet."""
+    try:
+        return psutil.Process(process_id).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def submit(crew: Crew, fn: Callable[..., Any], *args: object, retries: int = 0, timeout: float | None = None) -> Any:
+    task = Task(crew.prepare(fn), args, label=getattr(fn, "__name__", "task"), retries=retries, timeout=timeout)
+    return crew.submit(task)
+
+
+def result(crew: Crew, fn: Callable[..., Any], *args: object) -> Any:
+    return submit(crew, fn, *args).result(PATIENCE)
+
+
+def mapped(crew: Crew, fn: Callable[..., Any], items: Any, **options: Any) -> Iterator[Any]:
+    return LazyMap(crew, fn, (items,), MapOptions(**options)).in_order()
+
+
+@contextlib.contextmanager
+def running(workers: int = 1, setup: WorkerSetup | None = None, **kwargs: Any) -> Iterator[Crew]:
+    """A crew of the test's own."""
+    crew = Crew(workers, setup, **kwargs)
+    crew.start()
+    try:
+        yield crew
+    finally:
+        crew.shutdown(cancel=True, kill=True)
+        assert crew.join(PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def crew() -> Iterator[Crew]:
+    """Two workers that the tests of this module share; whoever kills one starts a crew of his own."""
+    with running(2) as shared:
+        ready(shared)
+        yield shared
+
+
+def ready(crew: Crew) -> list[int]:
+    """Wait until all workers are there; return their ids."""
+    until(lambda: sum(member.is_ready for member in list(crew._members.values())) == crew.workers)
+    return crew.pids
+
+
+# What travels
+
+
+def test_a_task_runs_in_another_process(crew: Crew) -> None:
+    assert result(crew, pid) in crew.pids
+
+
+def test_lambdas_closures_partials_and_bound_methods_travel(crew: Crew) -> None:
+    base = 10
+    calls: list[Callable[[int], Any]] = [lambda number: base + number, functools.partial(add, 10), [10].count]
+    assert [result(crew, call, 5) for call in calls] == [15, 15, 0]
+
+
+def test_an_unpicklable_function_is_refused_at_once(crew: Crew) -> None:
+    with pytest.raises(UnpicklableError, match=r"function.*stays where it is"):
+        crew.prepare(functools.partial(add, Unpicklable()))
+    assert result(crew, add, 1, 2) == 3
+
+
+@pytest.mark.parametrize("argument", [Unpicklable(), threading.Lock()])
+def test_unpicklable_arguments_fail_their_task_alone(crew: Crew, argument: object) -> None:
+    with pytest.raises(UnpicklableError, match="arguments"):
+        result(crew, echo, argument)
+    assert result(crew, add, 1, 2) == 3
+
+
+@pytest.mark.parametrize("fn", [return_here_only, raise_here_only, return_exits_on_load])
+def test_what_the_parent_cannot_unpickle_fails_its_task_alone(crew: Crew, fn: Callable[..., object]) -> None:
+    with pytest.raises(UnpicklableError, match=fn.__name__ if "return" in fn.__name__ else "FailsWhereError"):
+        result(crew, fn)
+    assert result(crew, add, 1, 2) == 3
+
+
+def test_an_error_with_keyword_only_arguments_fails_its_task_alone(crew: Crew) -> None:
+    with pytest.raises(UnpicklableError, match="KeywordOnlyError: no such page"):
+        result(crew, raise_keyword_only)
+    assert result(crew, add, 1, 2) == 3
+
+
+def test_a_task_that_exits_fails_alone(crew: Crew) -> None:
+    before = crew.pids
+    with pytest.raises(SystemExit):
+        result(crew, leave, 3)
+    assert result(crew, pid) in before
+    assert crew.tally.workers_lost == 0
+
+
+def test_big_arguments_and_results_pass_both_ways_at_once(crew: Crew) -> None:
+    """A sender that waited while the other side does would wait for ever."""
+    blobs = [bytes([number]) * 20_000_000 for number in range(4)]
+    futures = [submit(crew, echo, blob) for blob in blobs]
+    done, pending = wait(futures, timeout=2 * PATIENCE)
+    assert not pending
+    assert all(future.result() == blob for future, blob in zip(futures, blobs, strict=True))
+    assert len(done) == 4
+
+
+def test_a_function_is_sent_once_to_each_worker() -> None:
+    """Its size would show: 300 calls of 1 MB each."""
+    with running(1) as crew:
+        blob = bytes(1_000_000)
+        function = crew.prepare(lambda: len(blob))
+        assert crew.submit(Task(function, ())).result(PATIENCE) == 1_000_000
+        (member,) = crew._members.values()
+        sent = [len(member.message_for(_flight(crew, function))) for _ in range(3)]
+        assert max(sent) < 1_000
+
+
+def _flight(crew: Crew, function: Any) -> Any:
+    from shpool.engines.member import Flight
+    from shpool.engines.serve import Kind
+
+    return Flight(Task(function, ()), 0, function, Kind.CALL, b"", Future())
+
+
+def test_workers_forget_functions_when_there_are_many() -> None:
+    """Closures made in a loop must not pile up."""
+    with running(1) as crew:
+        for number in range(300):
+            assert result(crew, lambda number=number: number) == number
+        assert 1 < result(crew, functions_held) <= 129
+
+
+def test_calls_of_many_functions_under_way_at_once_keep_theirs(crew: Crew) -> None:
+    futures = [submit(crew, lambda number=number: number) for number in range(600)]
+    assert [future.result(PATIENCE) for future in futures] == list(range(600))
+
+
+# Futures
+
+
+def test_a_queued_task_can_be_cancelled_and_a_running_one_cannot(crew: Crew, tmp_path: Path) -> None:
+    cue = str(tmp_path / "cue")
+    running_ones = [submit(crew, begin_and_wait, str(tmp_path / name), cue) for name in "ab"]
+    until(lambda: (tmp_path / "a").exists() and (tmp_path / "b").exists())
+    queued = submit(crew, double, 1)
+    after = submit(crew, double, 2)
+    assert not any(future.cancel() for future in running_ones)
+    assert queued.cancel()
+    Path(cue).touch()
+    assert after.result(PATIENCE) == 4
+    with pytest.raises(CancelledError):
+        queued.result()
+    wait([queued, *running_ones], PATIENCE)
+    until(lambda: crew.backlog == 0)
+
+
+def test_tasks_submitted_from_many_threads_all_arrive(crew: Crew) -> None:
+    results: list[int] = []
+
+    def ask(start: int) -> None:
+        futures = [submit(crew, double, number) for number in range(start, start + 100)]
+        results.extend(future.result(PATIENCE) for future in futures)
+
+    threads = [threading.Thread(target=ask, args=(start,)) for start in range(0, 1_600, 100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == list(range(0, 3_200, 2))
+
+
+def test_a_done_callback_may_submit(crew: Crew) -> None:
+    chain: Future[int] = Future()
+
+    def go_on(future: Future[int]) -> None:
+        if future.result() >= 1_024:
+            chain.set_result(future.result())
+        else:
+            submit(crew, double, future.result()).add_done_callback(go_on)
+
+    submit(crew, double, 1).add_done_callback(go_on)
+    assert chain.result(PATIENCE) == 1_024
+
+
+def test_a_done_callback_may_end_the_crew() -> None:
+    with running(1) as crew:
+        future = submit(crew, double, 1)
+        future.add_done_callback(lambda _: crew.shutdown(kill=True) or crew.join())  # type: ignore[func-returns-value]  # one after the other
+        assert crew.join(PATIENCE)
+        assert crew.has_ended
+
+
+def test_a_failing_done_callback_harms_nobody(crew: Crew) -> None:
+    future = submit(crew, wait_for, os.devnull)
+    future.add_done_callback(lambda _: 1 // 0)
+    logging.disable(logging.CRITICAL)  # concurrent.futures logs it
+    try:
+        future.result(PATIENCE)
+        assert result(crew, add, 1, 2) == 3
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+# Workers that die
+
+
+def test_a_killed_worker_costs_one_task_and_names_it(tmp_path: Path) -> None:
+    with running(2) as crew:
+        victim = submit(crew, begin_and_wait, str(tmp_path / "a"), str(tmp_path / "cue"))
+        other = submit(crew, begin_and_wait, str(tmp_path / "b"), str(tmp_path / "cue"))
+        until(lambda: (tmp_path / "a").exists() and (tmp_path / "b").exists())
+        behind = [submit(crew, double, number) for number in range(10)]
+        os.kill(int((tmp_path / "a").read_text()), signal.SIGKILL)
+        with pytest.raises(WorkerLostError, match=r"while running begin_and_wait.*signal 9") as caught:
+            victim.result(PATIENCE)
+        assert caught.value.pid == int((tmp_path / "a").read_text())
+        (tmp_path / "cue").touch()
+        assert other.result(PATIENCE)
+        assert [future.result(PATIENCE) for future in behind] == [2 * number for number in range(10)]
+        assert crew.tally.workers_lost == 1
+        assert len(ready(crew)) == 2
+
+
+def test_a_task_that_ends_its_worker_is_told_the_exit_code() -> None:
+    with running(1) as crew:
+        with pytest.raises(WorkerLostError, match="exit code 7"):
+            result(crew, die, 7)
+        assert result(crew, add, 1, 2) == 3
+
+
+def test_a_task_that_always_kills_its_worker_fails_after_its_retries() -> None:
+    with running(1) as crew:
+        future = submit(crew, die, 7, retries=2)
+        with pytest.raises(WorkerLostError, match="attempt 3"):
+            future.result(PATIENCE)
+        assert (crew.tally.workers_lost, crew.tally.retried) == (3, 2)
+        assert result(crew, add, 1, 2) == 3
+
+
+def test_a_worker_killed_while_idle_costs_no_task() -> None:
+    with running(2) as crew:
+        for victim in ready(crew):
+            os.kill(victim, signal.SIGKILL)
+            until(lambda victim=victim: is_gone(victim))
+            assert result(crew, add, 1, 2) == 3
+        assert len(ready(crew)) == 2
+        assert crew.tally.failed == 0
+
+
+def test_tasks_sent_to_workers_that_are_just_dying_run_elsewhere() -> None:
+    """No time passes between the signal and the task."""
+    with running(2) as crew:
+        for _ in range(10):
+            os.kill(ready(crew)[0], signal.SIGKILL)
+            futures = [submit(crew, add, 1, 2) for _ in range(2)]
+            assert [future.result(PATIENCE) for future in futures] == [3, 3]
+
+
+def test_a_forked_grandchild_does_not_hide_its_workers_death(tmp_path: Path) -> None:
+    """It holds copies of the worker's descriptors."""
+    begun = tmp_path / "begun"
+    with running(1) as crew:
+        future = submit(crew, sleeper_and_wait, str(begun))
+        until(begun.exists)
+        worker, grandchild = map(int, begun.read_text().split())
+        try:
+            killed = time.monotonic()
+            os.kill(worker, signal.SIGKILL)
+            with pytest.raises(WorkerLostError):
+                future.result(PATIENCE)
+            assert time.monotonic() - killed < 2
+            assert result(crew, add, 1, 2) == 3
+        finally:
+            os.kill(grandchild, signal.SIGKILL)
+        assert time.monotonic() - killed < 4
+
+
+def test_a_crew_ends_although_a_task_left_a_process_behind() -> None:
+    with running(1) as crew:
+        grandchild = result(crew, fork_sleeper)
+        try:
+            crew.shutdown()
+            begun = time.monotonic()
+            assert crew.join(PATIENCE)
+            assert time.monotonic() - begun < 4
+        finally:
+            os.kill(grandchild, signal.SIGKILL)
+
+
+def test_workers_that_cannot_even_start_end_the_crew(tmp_path: Path) -> None:
+    """No crash loop: three in a row and all is told."""
+    with running(2, WorkerSetup(initializer=die, initargs=(9,))) as crew:
+        with pytest.raises(InitializerError, match=r"before they are ready.*exit code 9"):
+            result(crew, double, 1)
+        until(lambda: crew.has_ended)
+        assert crew.tally.workers_lost <= 4
+        with pytest.raises(InitializerError):
+            submit(crew, double, 1)
+
+
+def test_an_initializer_that_raises_ends_the_crew_and_is_told() -> None:
+    with running(2, WorkerSetup(initializer=refuse_to_start, initargs=("no licence",))) as crew:
+        with pytest.raises(InitializerError, match="OSError: cannot start: no licence") as caught:
+            result(crew, double, 1)
+        assert "refuse_to_start" in str(caught.value.__cause__)
+        assert crew.join(PATIENCE)
+        assert crew.tally.workers_lost == 0
+
+
+# Timeouts
+
+
+def test_a_timeout_stops_its_task_alone(tmp_path: Path) -> None:
+    with running(2) as crew:
+        cue = str(tmp_path / "cue")
+        innocent = submit(crew, wait_for, cue)
+        late = submit(crew, slow_pid, 600, timeout=0.2)
+        behind = [submit(crew, double, number, timeout=PATIENCE) for number in range(5)]
+        with pytest.raises(TaskTimeoutError, match=r"slow_pid ran longer than 0.2 s"):
+            late.result(PATIENCE)
+        Path(cue).touch()
+        assert innocent.result(PATIENCE)
+        assert [future.result(PATIENCE) for future in behind] == [0, 2, 4, 6, 8]
+        assert crew.tally.failed == 1
+
+
+def test_time_in_the_queue_is_not_counted(tmp_path: Path) -> None:
+    with running(1) as crew:
+        cue = tmp_path / "cue"
+        first = submit(crew, wait_for, str(cue))
+        queued = [submit(crew, double, number, timeout=0.5) for number in range(3)]
+        time.sleep(0.7)  # longer than the timeout of what is queued
+        cue.touch()
+        assert first.result(PATIENCE)
+        assert [future.result(PATIENCE) for future in queued] == [0, 2, 4]
+
+
+def test_time_behind_a_batch_at_the_same_worker_is_not_counted() -> None:
+    """Tiny tasks travel several at a time; the second one's time begins when the first has ended."""
+    with running(1) as crew:
+        ready(crew)
+        for number in range(50):
+            result(crew, double, number)
+        batch = crew.submit(Task(crew.prepare(time.sleep), [0.4, 0.4], batch=True))
+        behind = submit(crew, double, 1, timeout=0.5)
+        assert behind.result(PATIENCE) == 2
+        assert batch.done()
+        assert crew.tally.workers_lost == 0
+
+
+def test_a_timed_out_task_with_retries_runs_again(tmp_path: Path) -> None:
+    with running(1) as crew:
+        ready(crew)
+        assert submit(crew, hang_once, str(tmp_path), 5, retries=1, timeout=1.0).result(PATIENCE) == 5
+        assert (crew.tally.retried, crew.tally.workers_lost, crew.tally.failed) == (1, 1, 0)
+
+
+def test_every_task_of_a_timed_map_has_its_own_time(tmp_path: Path) -> None:
+    """Ten tasks of 0.15 s on one worker with a limit of 1 s: together they take longer."""
+    with running(1) as crew:
+        ready(crew)
+        assert len(list(mapped(crew, slow_pid, [0.15] * 10, task_timeout=1.0))) == 10
+        assert crew.tally.workers_lost == 0
+
+
+# map over real workers
+
+
+def test_a_worker_killed_in_a_map_costs_nothing_with_one_retry(tmp_path: Path) -> None:
+    with running(2) as crew:
+        results = mapped(crew, functools.partial(_die_once, str(tmp_path)), range(40), retries=1)
+        assert list(results) == list(range(40))
+        assert crew.tally.workers_lost == 1
+
+
+def test_a_worker_killed_in_a_map_without_retries_fails_the_item_it_ran(tmp_path: Path) -> None:
+    with running(2) as crew:
+        results = mapped(crew, functools.partial(_die_once, str(tmp_path)), range(40), chunksize=1)
+        assert list(itertools.islice(results, 17)) == list(range(17))
+        with pytest.raises(WorkerLostError, match="partial"):
+            next(results)
+        assert result(crew, add, 1, 2) == 3
+
+
+def _die_once(folder: str, number: int) -> int:
+    from pool_tasks import die_once
+
+    return die_once(folder, number, 17)
+
+
+def test_an_item_that_always_kills_its_worker_takes_no_neighbour_along(tmp_path: Path) -> None:
+    with running(2) as crew:
+        items = [*range(10), -1, *range(10)]
+        results = mapped(crew, lambda number: os._exit(3) if number < 0 else number, items, chunksize=7)
+        assert list(itertools.islice(results, 10)) == list(range(10))
+        with pytest.raises(WorkerLostError, match="exit code 3"):
+            next(results)
+
+
+def test_no_op_maps_are_complete_in_any_chunking(crew: Crew) -> None:
+    for chunksize in (None, 1, 7, 1_000):
+        assert list(mapped(crew, double, range(2_000), chunksize=chunksize)) == list(range(0, 4_000, 2))
+
+
+def test_closing_a_map_leaves_the_queue_empty(crew: Crew, tmp_path: Path) -> None:
+    cue = tmp_path / "cue"
+    blocked = [submit(crew, begin_and_wait, str(tmp_path / name), str(cue)) for name in "ab"]
+    until(lambda: (tmp_path / "a").exists() and (tmp_path / "b").exists())
+    results = mapped(crew, functools.partial(begin_and_wait, str(tmp_path / "ran")), itertools.repeat(str(cue)))
+    results.close()  # type: ignore[attr-defined]  # a generator
+    cue.touch()
+    wait(blocked, PATIENCE)
+    until(lambda: crew.backlog == 0)
+    assert not (tmp_path / "ran").exists()
+
+
+# Ends
+
+
+def test_shutdown_finishes_what_was_submitted() -> None:
+    with running(2) as crew:
+        futures = [submit(crew, double, number) for number in range(50)]
+        crew.shutdown()
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            submit(crew, double, 1)
+        assert crew.join(PATIENCE)
+        assert [future.result(0) for future in futures] == list(range(0, 100, 2))
+
+
+def test_shutdown_finishes_what_waits_for_another_attempt(tmp_path: Path) -> None:
+    with running(1) as crew:
+        future = submit(crew, _die_once, str(tmp_path), 17, retries=3)
+        crew.shutdown()
+        assert crew.join(PATIENCE)
+        assert future.result(0) == 17
+
+
+def test_cancelling_shutdown_finishes_what_runs_and_cancels_the_rest(tmp_path: Path) -> None:
+    with running(1) as crew:
+        first = submit(crew, begin_and_wait, str(tmp_path / "a"), str(tmp_path / "cue"))
+        queued = [submit(crew, double, number) for number in range(5)]
+        until((tmp_path / "a").exists)
+        crew.shutdown(cancel=True)
+        assert all(future.cancelled() for future in queued)
+        assert not wait(queued, 1, ALL_COMPLETED).not_done
+        (tmp_path / "cue").touch()
+        assert first.result(PATIENCE)
+        assert crew.join(PATIENCE)
+
+
+def test_killing_shutdown_stops_what_runs(tmp_path: Path) -> None:
+    with running(2) as crew:
+        futures = [submit(crew, begin_and_wait, str(tmp_path / name), str(tmp_path / "never")) for name in "ab"]
+        queued = submit(crew, double, 1)
+        until(lambda: (tmp_path / "a").exists() and (tmp_path / "b").exists())
+        begun = time.monotonic()
+        crew.shutdown(kill=True)
+        assert crew.join(PATIENCE)
+        assert time.monotonic() - begun < 2
+        assert queued.cancelled()
+        for future in futures:
+            with pytest.raises(TaskTerminatedError):
+                future.result(0)
+
+
+def test_no_future_is_left_waiting_however_the_end_comes(tmp_path: Path) -> None:
+    """Workers die and the crew is killed at the same time, again and again."""
+    for turn in range(5):
+        with running(2) as crew:
+            futures = [
+                submit(crew, die if number % 3 == 0 else double, number, retries=turn % 2) for number in range(30)
+            ]
+            until(lambda crew=crew: crew.tally.workers_lost > 0)
+            crew.shutdown(kill=True)
+            assert crew.join(PATIENCE)
+            assert all(future.done() for future in futures)
+            assert crew.backlog == 0
+
+
+def test_a_crew_that_is_collected_inside_its_own_loop_still_ends() -> None:
+    """The garbage collector runs in any thread, at any moment, with the crew's lock held too."""
+    with running(1) as crew:
+        ready(crew)
+        with crew._lock:
+            crew.shutdown()
+        assert crew.join(PATIENCE)
+
+
+def test_shutdown_may_be_repeated() -> None:
+    with running(1) as crew:
+        for _ in range(3):
+            crew.shutdown()
+            assert crew.join(PATIENCE)
+
+
+# What workers hold
+
+
+def test_workers_hold_no_descriptor_of_their_siblings() -> None:
+    with running(3) as crew:
+        ready(crew)
+        held = [result(crew, descriptors) for _ in range(6)]
+        for found in held:
+            assert len([target for target in found.values() if target.startswith("socket:")]) == 1, found
+
+
+def test_other_children_of_the_parent_inherit_nothing(crew: Crew) -> None:
+    """With them open, a worker would not notice its parent's end."""
+    code = (
+        "import os\n"
+        "for name in os.listdir('/proc/self/fd'):\n"
+        "    try: print(os.readlink('/proc/self/fd/' + name))\n"
+        "    except OSError: pass"
+    )
+    ready(crew)
+    done = subprocess.run(
+        [sys.executable, "-c", code], close_fds=False, capture_output=True, text=True, timeout=PATIENCE, check=True
+    )
+    assert "socket:" not in done.stdout
+    assert "memfd" not in done.stdout
+
+
+def test_the_environment_of_workers_is_set_and_blanked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_FOR_TESTS", "invented-secret-to-blank")
+    with running(1, WorkerSetup(env={"OMP_NUM_THREADS": "3"}), blanked=["SECRET_FOR_TESTS"]) as crew:
+        assert result(crew, environment, "OMP_NUM_THREADS")[0] == "3"
+        seen, kernels = result(crew, environment, "SECRET_FOR_TESTS")
+        assert seen is None
+        assert b"invented-secret-to-blank" not in kernels
+
+
+# The system's limits
+
+
+def test_a_system_without_free_descriptors_is_asked_again_slowly(caplog: pytest.LogCaptureFixture) -> None:
+    """A crew of 20 where only a few fit: it works with those, and neither spins nor floods the log."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    with running(20) as crew, caplog.at_level(logging.WARNING, logger="shpool.engines.crew"):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 22, hard))
+        try:
+            until(lambda: any("cannot be started" in record.message for record in caplog.records))
+            assert 1 <= len(crew.pids) < 20
+            assert result(crew, double, 4) == 8
+            before = time.thread_time()
+            time.sleep(0.5)
+            assert len(caplog.records) <= 3
+            assert time.thread_time() - before < 0.25
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        until(lambda: len(crew.pids) == 20)
+
+
+# Forks of the parent
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_of_the_parent_holds_nothing_of_the_crew() -> None:
+    with running(2) as crew:
+        ready(crew)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            child = os.fork()
+            if child == 0:
+                try:
+                    theirs.sendall(_what_a_child_sees(crew, {ours.fileno(), theirs.fileno()}).encode())
+                finally:
+                    os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            said = ours.recv(10_000).decode()
+        assert (
+            said
+            == "0 descriptors, RuntimeError: the pool belongs to the process that started it; a forked child "
+            + ("needs one of its own, collected")
+        )
+        assert [result(crew, double, number) for number in range(10)] == list(range(0, 20, 2))
+        assert crew.tally.workers_lost == 0
+
+
+def _what_a_child_sees(crew: Crew, known: set[int]) -> str:
+    mine = {member.fileno() for member in crew._members.values() if member._end.fileno() >= 0}
+    assert not mine
+    boards = [target for target in descriptors().values() if "shpool-board" in target and _is_crews(crew)]
+    try:
+        submit(crew, double, 1)
+        refused = "not refused"
+    except RuntimeError as exc:
+        refused = f"{type(exc).__name__}: {exc}"
+    crew.shutdown(cancel=True, kill=True)
+    gone = weakref.ref(crew)
+    del crew
+    gc.collect()
+    return f"{len(boards)} descriptors, {refused}, {'collected' if gone else 'there'}"
+
+
+def _is_crews(crew: Crew) -> bool:
+    return not crew._board.is_closed
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_forks_while_workers_are_launched_keep_no_lifeline_open() -> None:
+    """A lifeline that a child copied before the crew knew of it would hide the worker's end from its parent."""
+    children = []
+    try:
+        with running(8) as crew:
+            while len(crew.pids) < 8:
+                child = os.fork()
+                if child == 0:
+                    signal.pause()
+                    os._exit(0)
+                children.append(child)
+            victims = ready(crew)
+            for victim in victims:
+                os.kill(victim, signal.SIGKILL)
+            until(lambda: crew.tally.workers_lost == 8)
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    assert children
+
+
+def test_failing_tasks_leave_the_tally_right() -> None:
+    with running(1) as crew:
+        futures = [submit(crew, fail, number) for number in range(3)] + [submit(crew, double, 1)]
+        wait(futures, PATIENCE)
+        until(lambda: crew.backlog == 0)
+        assert (crew.tally.done, crew.tally.failed, crew.tally.retried) == (1, 3, 0)

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import contextlib
+import pickle
+import socket
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pool_tasks import Unpicklable, add, double, fail, functions_held
+
+from shpool.engines.base import WorkerSetup
+from shpool.engines.serve import HEADER, NO_KEY, Kind, Lifeline, Message, MessageBuffer, dump_setup, encode, serve
+from shpool.errors import UnpicklableError
+from shpool.worker import dump, load, load_error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+KEY = b"k" * 16
+OTHER_KEY = b"o" * 16
+
+messages = st.lists(
+    st.builds(
+        Message,
+        st.sampled_from(list(Kind)),
+        st.integers(0, 2**64 - 1),
+        st.binary(min_size=16, max_size=16),
+        st.floats(0, 1e6),
+        st.binary(max_size=300),
+    ),
+    max_size=6,
+)
+
+
+def encoded(message: Message) -> bytes:
+    kind, number, key, seconds, payload = message
+    return encode(Kind(kind), number, bytes(payload), key=key, seconds=seconds)
+
+
+class Parent:
+    """The parent's end of a lifeline whose worker is a thread of the test."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self.end = end
+        self._incoming = MessageBuffer()
+        self._ready: list[Message] = []
+
+    def send(self, *data: bytes) -> None:
+        self.end.sendall(b"".join(data))
+
+    def receive(self) -> Message:
+        while not self._ready:
+            data = self.end.recv(65536)
+            assert data, "the worker has closed its end"
+            self._ready.extend(self._incoming.feed(data))
+        return self._ready.pop(0)
+
+    def call(self, number: int, *args: object, key: bytes = KEY) -> Message:
+        self.send(encode(Kind.CALL, number, dump((args, {})), key=key))
+        return self.receive()
+
+
+def function(fn: Callable[..., Any], key: bytes = KEY) -> bytes:
+    return encode(Kind.FUNCTION, payload=dump(fn), key=key)
+
+
+@pytest.fixture
+def parent() -> Iterator[Parent]:
+    """Run the serve loop in a thread; it must end once it is told to, or its parent has gone."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(10)
+    lifeline = Lifeline(theirs)
+
+    def work() -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            serve(lifeline)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    yield Parent(ours)
+    ours.close()
+    worker.join(10)
+    assert not worker.is_alive()
+    lifeline._stream.close()
+    theirs.close()
+
+
+@given(messages=messages, data=st.data())
+def test_messages_survive_any_cutting_of_the_stream(messages: list[Message], data: st.DataObject) -> None:
+    stream = b"".join(encoded(message) for message in messages)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
+    buffer = MessageBuffer()
+    read = []
+    for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+        read.extend(buffer.feed(stream[start:end]))
+    assert read == messages
+
+
+def test_byte_by_byte_gives_the_same_messages() -> None:
+    buffer = MessageBuffer()
+    stream = encode(Kind.RESULT, 1, b"abc", seconds=0.5) + encode(Kind.STOP)
+    read = [message for index in range(len(stream)) for message in buffer.feed(stream[index : index + 1])]
+    assert read == [Message(Kind.RESULT, 1, NO_KEY, 0.5, b"abc"), Message(Kind.STOP, 0, NO_KEY, 0.0, b"")]
+
+
+def test_an_unfinished_message_is_kept_back() -> None:
+    buffer = MessageBuffer()
+    assert list(buffer.feed(encode(Kind.RESULT, 1, b"abc")[:-1])) == []
+    assert [message.payload for message in buffer.feed(b"c")] == [b"abc"]
+
+
+def test_a_call_is_answered_with_its_number_and_time(parent: Parent) -> None:
+    parent.send(function(add))
+    answer = parent.call(41, 2, 3)
+    assert (answer.kind, answer.number, load(answer.payload)) == (Kind.RESULT, 41, 5)
+    assert 0 <= answer.seconds < 10
+
+
+def test_a_function_is_remembered_under_its_key(parent: Parent) -> None:
+    parent.send(function(double), function(fail, OTHER_KEY))
+    assert load(parent.call(1, 4).payload) == 8
+    error = parent.call(2, 4, key=OTHER_KEY)
+    assert error.kind == Kind.ERROR
+    assert str(load_error(bytes(error.payload))) == "bad number 4"
+    assert load(parent.call(3, 5).payload) == 10
+
+
+def test_forget_drops_all_functions(parent: Parent) -> None:
+    parent.send(function(double), function(functions_held, OTHER_KEY))
+    assert load(parent.call(1, key=OTHER_KEY).payload) == 2
+    parent.send(encode(Kind.FORGET), function(functions_held, OTHER_KEY))
+    assert load(parent.call(2, key=OTHER_KEY).payload) == 1
+
+
+def test_a_function_that_was_never_sent_is_an_error_of_the_call(parent: Parent) -> None:
+    error = load_error(bytes(parent.call(1).payload))
+    assert isinstance(error, UnpicklableError)
+    assert error.what == "function"
+
+
+def test_a_function_that_cannot_be_unpickled_is_an_error_of_each_call(parent: Parent) -> None:
+    parent.send(encode(Kind.FUNCTION, payload=b"no pickle", key=KEY))
+    for number in (1, 2):
+        assert isinstance(load_error(bytes(parent.call(number).payload)), UnpicklableError)
+
+
+def test_arguments_that_cannot_be_unpickled_are_an_error_of_the_call(parent: Parent) -> None:
+    parent.send(function(double), encode(Kind.CALL, 1, b"no pickle", key=KEY))
+    error = load_error(bytes(parent.receive().payload))
+    assert isinstance(error, UnpicklableError)
+    assert error.what == "arguments"
+    assert load(parent.call(2, 3).payload) == 6
+
+
+def test_a_batch_is_one_answer(parent: Parent) -> None:
+    parent.send(function(double), encode(Kind.BATCH, 1, dump([1, 2, 3]), key=KEY))
+    assert load(parent.receive().payload) == ([2, 4, 6], {})
+
+
+def test_a_batch_of_tuples_is_unpacked(parent: Parent) -> None:
+    parent.send(function(add), encode(Kind.BATCH_STAR, 1, dump([(1, 2), (3, 4)]), key=KEY))
+    assert load(parent.receive().payload) == ([3, 7], {})
+
+
+def test_stop_ends_the_loop_after_what_came_before(parent: Parent) -> None:
+    parent.send(function(double), encode(Kind.CALL, 1, dump(((4,), {})), key=KEY), encode(Kind.STOP))
+    assert load(parent.receive().payload) == 8
+
+
+@pytest.mark.parametrize("kept", [0, 1, HEADER.size, HEADER.size + 3])
+def test_a_stream_that_ends_inside_a_message_ends_the_loop(parent: Parent, kept: int) -> None:
+    parent.send(encode(Kind.CALL, 1, b"x" * 10, key=KEY)[:kept])
+    parent.end.shutdown(socket.SHUT_WR)
+
+
+def test_an_initializer_that_cannot_be_pickled_is_named() -> None:
+    with pytest.raises(UnpicklableError, match="initializer.*this value stays where it is"):
+        dump_setup(WorkerSetup(initializer=print, initargs=(Unpicklable(),)))
