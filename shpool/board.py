@@ -184,14 +184,7 @@ class Board:
         """Tell whether a named segment can no longer be found under its name."""
         if not self.name or self._closed:
             return False
-        try:
-            found = _shm_open(self.name, os.O_RDONLY)
-        except OSError:
-            return True
-        try:
-            return not os.path.samestat(os.fstat(found), os.fstat(self._descriptor))
-        finally:
-            os.close(found)
+        return not _leads_to(self.name, self._descriptor)
 
     def close(self) -> None:
         """Tell readers that sharing has ended, zero the records, unlink the name; harmless when repeated.
@@ -275,6 +268,10 @@ class ReportBox:
     def report(self, generation: int) -> None:
         """Say that this generation was refused."""
         self._word[0] = max(self._word[0], generation)
+
+    def clear(self) -> None:
+        """Forget what was reported."""
+        self._word[0] = 0
 
     def newest(self) -> int:
         """Return the newest generation reported, 0 for none."""
@@ -417,9 +414,9 @@ def sweep_abandoned() -> list[str]:
                 if found.st_uid != os.geteuid() or found.st_size != SEGMENT_SIZE:
                     continue
                 with _opened(entry.name) as descriptor:
-                    if _is_abandoned(descriptor, entry.name):
-                        _unlink_if_there(entry.name + _REPORTS)
-                        _unlink_if_same(entry.name, descriptor)
+                    if _is_abandoned(descriptor, entry.name) and _leads_to(entry.name, descriptor):
+                        _unlink_if_there(entry.name + _REPORTS)  # before the board: its name is free only then
+                        _unlink_if_there(entry.name)
                         swept.append(entry.name)
     return swept
 
@@ -558,18 +555,23 @@ def _clear_abandoned(name: str) -> None:
         return
 
 
-def _unlink_if_same(name: str, descriptor: int) -> bool:
+def _leads_to(name: str, descriptor: int) -> bool:
+    """Tell whether this very segment stands under the name."""
     try:
         found = _shm_open(name, os.O_RDONLY)
     except OSError:
         return False
     try:
-        same = os.path.samestat(os.fstat(found), os.fstat(descriptor))
+        return os.path.samestat(os.fstat(found), os.fstat(descriptor))
     finally:
         os.close(found)
-    if same:
+
+
+def _unlink_if_same(name: str, descriptor: int) -> bool:
+    is_same = _leads_to(name, descriptor)
+    if is_same:
         _unlink_if_there(name)
-    return same
+    return is_same
 
 
 def _unlink_if_there(name: str) -> None:

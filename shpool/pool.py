@@ -311,7 +311,11 @@ class AuthenticatedProcessPool(_Submitting):
         engine.on_end = sharing.end
         self._engine, self._sharing, self._owner = engine, sharing, os.getpid()
         _live.add(self)
-        engine.start()
+        try:
+            engine.start()
+        except BaseException:
+            sharing.end()
+            raise
         # Neither the engine nor the sharing knows the pool, so one that is forgotten is collected, and then ends.
         weakref.finalize(self, engine.shutdown).atexit = False
         try:

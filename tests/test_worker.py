@@ -9,7 +9,6 @@ import pytest
 from pool_tasks import (
     ExitsOnLoad,
     FailsWhereError,
-    KeywordOnlyError,
     LoadsHereOnly,
     Unpicklable,
     add,

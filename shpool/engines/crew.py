@@ -125,6 +125,8 @@ class Crew:
 
     def start(self) -> None:
         """Launch the workers from the loop's thread; returns at once."""
+        import loky.backend  # noqa: F401 - here, since it cannot be imported any more once the main thread has ended
+
         self._bell_in, self._bell_out = os.pipe()
         os.set_blocking(self._bell_in, False)
         os.set_blocking(self._bell_out, False)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import multiprocessing.process
 import os
 import select
 import signal
 import socket
 import time
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shpool.engines.serve import RECEIVE_SIZE, Kind, LifelineHandle, MessageBuffer, encode, work
@@ -102,6 +104,7 @@ class Member:
                 args=(LifelineHandle(theirs), handle, setup, tuple(blanked)),
                 env={**env, **dict.fromkeys(blanked, "")},
             )
+            resource_tracker.ensure_running()  # before Python 3.13 its launch, inside start(), unblocks SIGINT
             # Blocked here, hence in the child from its first instruction on; it unblocks once it ignores ^C.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
@@ -116,6 +119,8 @@ class Member:
             raise
         finally:
             theirs.close()
+        # Else multiprocessing would wait for it at the interpreter's exit, before the pool is told to end.
+        getattr(multiprocessing.process, "_children", set()).discard(process)
         ours.setblocking(False)
         return cls(process, ours)
 

@@ -1,0 +1,979 @@
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import psutil
+import pytest
+from pool_tasks import (
+    access_token,
+    add,
+    begin_and_wait,
+    double,
+    environment,
+    fetch,
+    initialise,
+    initialised,
+    meet,
+    refuse_to_start,
+    run_python,
+    slow_pid,
+)
+
+from shpool import AuthenticatedProcessPool, OAuthSession, collect_shared_session
+from shpool.errors import (
+    BoardInUseError,
+    BoardNotFoundError,
+    InitializerError,
+    LoginError,
+    LoginRefusedError,
+    SHUserWarning,
+    TaskTerminatedError,
+    TaskTimeoutError,
+    UnpicklableError,
+)
+from shpool.testing import LoopbackServer, tile_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
+
+    from authlib_fixture import AuthlibServer
+
+PATIENCE = 30.0  # s
+SLOWNESS = float(os.environ.get("SHPOOL_TEST_PATIENCE", "3")) / 3  # of the machine, against an idle one
+SHARED_MEMORY = Path("/dev/shm")
+
+slow = pytest.mark.slow  # worker processes take a quarter of a second to start
+
+
+def session_at(server: LoopbackServer, **kwargs: Any) -> OAuthSession:
+    return OAuthSession(server.token_url, server.client_id, server.client_secret, **kwargs)
+
+
+def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
+    """Return once the condition holds; fail the test if it does not come to."""
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up, "this never came true"
+        time.sleep(0.005)
+
+
+def is_gone(pid: int) -> bool:
+    """Tell whether a process has ended; nobody may have reaped it yet."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def workers_of(pid: int) -> set[int]:
+    """Return the ids of a process's workers."""
+    found = set()
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "popen_loky_posix" in " ".join(child.cmdline()):
+                found.add(child.pid)
+    return found
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(("workers", "error"), [(0, ValueError), (-2, ValueError), (True, TypeError), (2.0, TypeError)])
+def test_max_workers_is_checked(server: LoopbackServer, workers: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="max_workers must be"):
+        AuthenticatedProcessPool(session_at(server), workers)
+
+
+def test_max_workers_is_the_number_of_processors_by_default(server: LoopbackServer) -> None:
+    assert 1 <= AuthenticatedProcessPool(session_at(server)).stats().workers <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize("setting", [{"retries": -1}, {"retries": True}, {"timeout": 0.0}, {"engine": "threads"}])
+def test_settings_are_checked(server: LoopbackServer, setting: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        AuthenticatedProcessPool(session_at(server), **setting)
+
+
+def test_an_initializer_must_be_callable(server: LoopbackServer) -> None:
+    with pytest.raises(TypeError, match="callable"):
+        AuthenticatedProcessPool(session_at(server), initializer="setup")  # type: ignore[arg-type]  # the mistake meant
+
+
+def test_a_session_that_does_not_refresh_is_refused(server: LoopbackServer) -> None:
+    with pytest.raises(ValueError, match="does not refresh"):
+        AuthenticatedProcessPool(session_at(server, refresh_before_expiry=None))
+
+
+def test_a_session_made_of_a_token_is_refused() -> None:
+    session = OAuthSession.from_token({"access_token": "invented", "expires_at": time.time() + 60})
+    with pytest.raises(ValueError, match="does not refresh"):
+        AuthenticatedProcessPool(session)
+
+
+def test_what_is_no_session_is_refused() -> None:
+    with pytest.raises(TypeError, match="session must be"):
+        AuthenticatedProcessPool("token")  # type: ignore[arg-type]  # the mistake meant
+
+
+@slow
+def test_an_initializer_that_cannot_be_pickled_is_refused_before_anything_starts(server: LoopbackServer) -> None:
+    pool = AuthenticatedProcessPool(session_at(server), 1, initializer=print, initargs=(threading.Lock(),))
+    with pytest.raises(UnpicklableError, match="initializer"), pool:
+        pass
+    assert server.logins == 0
+    assert not workers_of(os.getpid())
+
+
+# Logins
+
+
+@slow
+def test_all_workers_share_one_login(server: LoopbackServer, tmp_path: Path) -> None:
+    with AuthenticatedProcessPool(session_at(server), 4) as pool:
+        futures = [pool.submit(meet, str(tmp_path), number, 4) for number in range(4)]
+        assert len({future.result(PATIENCE) for future in futures}) == 4
+        assert len(set(pool.map(access_token, range(8), chunksize=1))) == 1
+        assert list(pool.map(fetch, [server.data_url(number, 100) for number in range(20)])) == [
+            tile_bytes(number, 100) for number in range(20)
+        ]
+    assert (server.logins, server.unauthorized) == (1, 0)
+
+
+@slow
+def test_authlibs_server_counts_one_login_too(authlib_server: AuthlibServer) -> None:
+    before = authlib_server.stats()
+    session = OAuthSession(authlib_server.token_url, authlib_server.client_id, authlib_server.client_secret)
+    with AuthenticatedProcessPool(session, 3) as pool:
+        pages = pool.map(fetch, [authlib_server.data_url(number) for number in range(30)], chunksize=1)
+        assert [json.loads(page)["square"] for page in pages] == [number * number for number in range(30)]
+    now = authlib_server.stats()
+    assert now["logins"] - before["logins"] == 1
+    assert now["unauthorized"] == before["unauthorized"]
+    assert now["served"] - before["served"] == 30
+
+
+@slow
+def test_authlibs_server_refuses_a_wrong_secret_for_good(authlib_server: AuthlibServer) -> None:
+    session = OAuthSession(authlib_server.token_url, authlib_server.client_id, "a-wrong-secret")
+    with pytest.raises(LoginRefusedError, match="invalid_client"), AuthenticatedProcessPool(session, 2):
+        pytest.fail("entered")
+    until(lambda: not workers_of(os.getpid()))
+
+
+@slow
+def test_sixty_four_workers_make_one_login(server: LoopbackServer, tmp_path: Path) -> None:
+    with AuthenticatedProcessPool(session_at(server), 64) as pool:
+        futures = [pool.submit(meet, str(tmp_path), number, 64) for number in range(64)]
+        assert len({future.result(120) for future in futures}) == 64
+        assert len(set(pool.map(fetch, [f"{server.base_url}/whoami"] * 64, chunksize=1))) == 1
+        assert pool.stats().logins == 1
+    assert (server.logins, server.unauthorized) == (1, 0)
+
+
+@slow
+def test_a_refused_login_leaves_no_worker(server: LoopbackServer) -> None:
+    session = OAuthSession(server.token_url, server.client_id, "wrong-secret")
+    with pytest.raises(LoginRefusedError), AuthenticatedProcessPool(session, 3):
+        pytest.fail("entered")
+    assert not workers_of(os.getpid())
+
+
+@slow
+def test_a_login_that_fails_is_raised_at_the_first_submit(server: LoopbackServer) -> None:
+    server.answer_always(503)
+    pool = AuthenticatedProcessPool(session_at(server), 1)
+    with pytest.raises(LoginError, match="503"):
+        pool.submit(double, 1)
+    assert not workers_of(os.getpid())
+
+
+@slow
+def test_workers_follow_the_token_when_it_is_renewed() -> None:
+    with LoopbackServer(lifetime=1.0) as server, AuthenticatedProcessPool(session_at(server), 2) as pool:
+        first = pool.submit(access_token).result(PATIENCE)
+        until(lambda: pool.submit(access_token).result(PATIENCE) != first)
+        assert pool.submit(fetch, server.data_url(1, 10)).result(PATIENCE) == tile_bytes(1, 10)
+        assert pool.stats().generation >= 2
+        assert server.unauthorized == 0
+
+
+# Initializers and environments
+
+
+@slow
+def test_the_initializer_runs_once_in_each_worker_with_its_session(server: LoopbackServer, tmp_path: Path) -> None:
+    with AuthenticatedProcessPool(session_at(server), 3, initializer=initialise, initargs=("hello",)) as pool:
+        for turn in range(2):
+            folder = tmp_path / f"{turn}"
+            folder.mkdir()
+            futures = [pool.submit(initialised, str(folder), number, 3) for number in range(3)]
+            found = [future.result(PATIENCE) for future in futures]
+            assert len({pid for pid, _ in found}) == 3
+            assert [words for _, words in found] == [["hello 1"]] * 3
+
+
+@slow
+@pytest.mark.parametrize("delay", [0.0, 1.5])
+def test_an_initializer_that_raises_is_what_the_caller_hears_of(server: LoopbackServer, delay: float) -> None:
+    """Also where the workers fail before the login has ended."""
+    server.delay(delay)
+    pool = AuthenticatedProcessPool(session_at(server), 2, initializer=refuse_to_start, initargs=("no licence",))
+    with pytest.raises(InitializerError, match="no licence"), pool:
+        pool.submit(double, 1).result(PATIENCE)
+    assert pool.stats().state == "closed"
+    assert not workers_of(os.getpid())
+
+
+@slow
+def test_the_environment_is_there_before_the_first_import(
+    server: LoopbackServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "reads_at_import.py").write_text("import os\nSEEN = os.environ.get('OMP_NUM_THREADS')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def seen() -> object:
+        return importlib.import_module("reads_at_import").SEEN
+
+    with AuthenticatedProcessPool(session_at(server), 1, env={"OMP_NUM_THREADS": "3"}) as pool:
+        assert pool.submit(seen).result(PATIENCE) == "3"
+    assert os.environ.get("OMP_NUM_THREADS") != "3"
+
+
+@slow
+def test_no_worker_has_the_secret_in_its_environment(server: LoopbackServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SH_CLIENT_SECRET", "invented-secret-of-another-account")
+    monkeypatch.setenv("MY_OWN_NAME_FOR_IT", server.client_secret)
+    with AuthenticatedProcessPool(session_at(server), 2) as pool:
+        for name in ("SH_CLIENT_SECRET", "MY_OWN_NAME_FOR_IT"):
+            seen, kernels = pool.submit(environment, name).result(PATIENCE)
+            assert not seen
+            assert b"invented-secret" not in kernels
+            assert server.client_secret.encode() not in kernels
+        for worker in workers_of(os.getpid()):
+            for file in ("environ", "cmdline"):
+                content = Path(f"/proc/{worker}/{file}").read_bytes()
+                assert b"invented-secret" not in content
+                assert server.client_secret.encode() not in content
+    assert os.environ["SH_CLIENT_SECRET"] == "invented-secret-of-another-account"
+
+
+# Names
+
+
+@slow
+def test_another_process_can_collect_from_a_pool_with_a_name(
+    server: LoopbackServer, memory_name: str, child_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", child_env["PYTHONPATH"])
+    code = "import sys, shpool; print(shpool.collect_shared_session(sys.argv[1]).token['access_token'])"
+    with AuthenticatedProcessPool(session_at(server), 1, memory_name=memory_name) as pool:
+        ours = pool.submit(access_token).result(PATIENCE)
+        assert run_python(code, memory_name) == ours
+        assert collect_shared_session(memory_name).token["access_token"] == ours
+        assert pool.submit(_collect, memory_name).result(PATIENCE) == ours
+    with pytest.raises(BoardNotFoundError):
+        collect_shared_session(memory_name)
+    assert server.logins == 1
+
+
+def _collect(memory_name: str) -> str:
+    return str(collect_shared_session(memory_name).token["access_token"])
+
+
+@slow
+def test_a_second_pool_under_a_living_name_is_refused_and_leaves_nothing(
+    server: LoopbackServer, memory_name: str
+) -> None:
+    with AuthenticatedProcessPool(session_at(server), 1, memory_name=memory_name) as pool:
+        pool.submit(double, 1).result(PATIENCE)
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        for _ in range(3):
+            with (
+                pytest.raises(BoardInUseError, match=str(os.getpid())),
+                AuthenticatedProcessPool(session_at(server), 1, memory_name=memory_name),
+            ):
+                pytest.fail("entered")
+        gc.collect()
+        assert len(list(Path("/proc/self/fd").iterdir())) <= before
+        assert collect_shared_session(memory_name).token.generation == 1
+
+
+# Ends
+
+
+@slow
+def test_leaving_the_block_finishes_what_was_submitted(server: LoopbackServer) -> None:
+    with AuthenticatedProcessPool(session_at(server), 2) as pool:
+        futures = [pool.submit(slow_pid, 0.01) for _ in range(20)]
+    assert all(future.result(0) for future in futures)
+    assert not workers_of(os.getpid())
+
+
+@slow
+def test_an_error_in_the_block_finishes_it_too(server: LoopbackServer) -> None:
+    futures: list[Future[int]] = []
+
+    def work() -> None:
+        with AuthenticatedProcessPool(session_at(server), 1) as pool:
+            futures.extend(pool.submit(slow_pid, 0.01) for _ in range(5))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        work()
+    assert all(future.done() and not future.cancelled() for future in futures)
+
+
+@slow
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_an_exit_from_the_block_stops_what_runs(
+    server: LoopbackServer, tmp_path: Path, kind: type[BaseException]
+) -> None:
+    futures: list[Future[int]] = []
+    raised = []
+
+    def work() -> None:
+        with AuthenticatedProcessPool(session_at(server), 1) as pool:
+            futures.append(pool.submit(begin_and_wait, str(tmp_path / "begun"), "never"))
+            futures.append(pool.submit(double, 1))
+            until((tmp_path / "begun").exists)
+            raised.append(time.monotonic())
+            raise kind
+
+    with pytest.raises(kind):
+        work()
+    assert time.monotonic() - raised[0] < 1.5 * SLOWNESS
+    assert isinstance(futures[0].exception(0), TaskTerminatedError)
+    assert futures[1].cancelled()
+
+
+@slow
+def test_terminate_stops_what_runs(server: LoopbackServer, tmp_path: Path) -> None:
+    pool = AuthenticatedProcessPool(session_at(server), 1)
+    future = pool.submit(begin_and_wait, str(tmp_path / "begun"), "never")
+    until((tmp_path / "begun").exists)
+    begun = time.monotonic()
+    pool.terminate()
+    assert time.monotonic() - begun < 1.5 * SLOWNESS
+    assert isinstance(future.exception(0), TaskTerminatedError)
+    assert pool.stats().state == "closed"
+
+
+@slow
+def test_shutdown_without_waiting_returns_at_once_and_finishes(server: LoopbackServer, tmp_path: Path) -> None:
+    pool = AuthenticatedProcessPool(session_at(server), 1)
+    future = pool.submit(begin_and_wait, str(tmp_path / "begun"), str(tmp_path / "cue"))
+    queued = pool.submit(double, 1)
+    until((tmp_path / "begun").exists)
+    pool.shutdown(wait=False, cancel_futures=True)
+    assert pool.stats().state == "closing"
+    assert queued.cancelled()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        pool.submit(double, 1)
+    (tmp_path / "cue").touch()
+    assert future.result(PATIENCE)
+    until(lambda: pool.stats().state == "closed")
+
+
+@slow
+def test_a_view_ends_its_pool(server: LoopbackServer) -> None:
+    pool = AuthenticatedProcessPool(session_at(server), 1)
+    with pool.options(retries=1) as view:
+        assert view.submit(add, 1, 2).result(PATIENCE) == 3
+    assert pool.stats().state == "closed"
+
+
+@slow
+def test_a_view_has_its_own_timeout(server: LoopbackServer) -> None:
+    with AuthenticatedProcessPool(session_at(server), 2) as pool:
+        late = pool.options(timeout=0.2).submit(slow_pid, 60)
+        assert pool.submit(slow_pid, 0.4).result(PATIENCE)
+        with pytest.raises(TaskTimeoutError):
+            late.result(PATIENCE)
+
+
+@slow
+def test_a_forgotten_pool_ends_its_workers(server: LoopbackServer) -> None:
+    pool = AuthenticatedProcessPool(session_at(server), 2)
+    assert pool.submit(double, 2).result(PATIENCE) == 4
+    workers = workers_of(os.getpid())
+    assert workers
+    del pool
+    gc.collect()
+    until(lambda: all(is_gone(worker) for worker in workers))
+    until(lambda: not any(thread.name.startswith("shpool-crew") for thread in threading.enumerate()))
+
+
+@slow
+def test_a_pool_forgotten_in_a_cycle_is_collected_in_any_thread(server: LoopbackServer) -> None:
+    """The collector may run in the pool's own loop, which holds the lock that shutdown takes."""
+    for _ in range(3):
+        pool = AuthenticatedProcessPool(session_at(server), 1)
+        cycle: list[object] = [pool]
+        cycle.append(cycle)
+        assert pool._engine is None
+        pool.submit(double, 2).result(PATIENCE)
+        engine: Any = pool._engine
+        del pool, cycle
+        with engine._lock:
+            gc.collect()
+        assert engine.join(PATIENCE)
+        del engine
+
+
+@slow
+def test_what_was_submitted_to_a_forgotten_pool_still_runs(server: LoopbackServer) -> None:
+    futures = [AuthenticatedProcessPool(session_at(server), 1).submit(double, number) for number in range(2)]
+    gc.collect()
+    assert [future.result(PATIENCE) for future in futures] == [0, 2]
+
+
+@slow
+def test_threads_that_start_a_pool_together_start_it_once(server: LoopbackServer) -> None:
+    with contextlib.closing(_Closing(AuthenticatedProcessPool(session_at(server), 2))) as closing:
+        results: list[int] = []
+        threads = [
+            threading.Thread(target=lambda number=number: results.append(closing.pool.submit(double, number).result()))
+            for number in range(16)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert sorted(results) == list(range(0, 32, 2))
+        assert len(workers_of(os.getpid())) <= 2
+    assert server.logins == 1
+
+
+class _Closing:
+    def __init__(self, pool: AuthenticatedProcessPool) -> None:
+        self.pool = pool
+
+    def close(self) -> None:
+        self.pool.shutdown()
+
+
+@slow
+def test_a_hanging_token_endpoint_does_not_keep_the_end_waiting() -> None:
+    with LoopbackServer(lifetime=1.0) as server, AuthenticatedProcessPool(session_at(server), 1) as pool:
+        pool.submit(double, 1).result(PATIENCE)
+        server.hang()
+        until(lambda: pool.stats().token_state != "fresh")
+        begun = time.monotonic()
+        pool.shutdown()
+        assert time.monotonic() - begun < 2
+        server.hang(False)
+
+
+# Scripts, each in an interpreter of its own
+
+HEAD = """
+import itertools, os, signal, sys, threading, time
+from shpool import AuthenticatedProcessPool, OAuthSession, current_session
+session = OAuthSession(sys.argv[1], "demo-client", os.environ["SH_CLIENT_SECRET"])
+"""
+
+
+@dataclass
+class Script:
+    """A running script."""
+
+    process: subprocess.Popen[str]
+    output: IO[str]
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def wait_for_line(self, line: str) -> None:
+        for said in self.output:
+            if said.strip() == line:
+                return
+        pytest.fail(f"the script ended without saying {line!r}: {self.errors()}")
+
+    def workers(self, count: int) -> set[int]:
+        """Return its workers once there are so many."""
+        until(lambda: len(workers_of(self.pid)) == count)
+        return workers_of(self.pid)
+
+    def end(self, seconds: float = PATIENCE) -> int:
+        """Return the exit code; fail if it takes longer."""
+        return self.process.wait(seconds)
+
+    def rest(self) -> list[str]:
+        """Wait for the end without an error and return all it said."""
+        said, errors = self.process.communicate(timeout=PATIENCE)
+        assert self.process.returncode == 0, errors
+        assert not errors
+        return said.splitlines()
+
+    def errors(self) -> str:
+        assert self.process.stderr is not None
+        self.process.wait(PATIENCE)
+        return self.process.stderr.read()
+
+
+@pytest.fixture
+def script(server: LoopbackServer, child_env: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., Script]]:
+    """Run scripts against the server, each in a process group of its own; kill what is left of them."""
+    started: list[Script] = []
+    known: set[int] = set()
+
+    def run(text: str, *arguments: str) -> Script:
+        path = tmp_path / f"script{len(started)}.py"
+        path.write_text(HEAD + textwrap.dedent(text))
+        process = subprocess.Popen(
+            [sys.executable, str(path), server.token_url, *arguments],
+            env={**child_env, "SH_CLIENT_SECRET": server.client_secret},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        started.append(Script(process, process.stdout))
+        return started[-1]
+
+    yield run
+    for running in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            known |= workers_of(running.pid)
+        running.process.kill()
+        running.process.wait()
+        running.output.close()
+        assert running.process.stderr is not None
+        running.process.stderr.close()
+    for pid in known:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@slow
+def test_functions_and_classes_of_main_travel(script: Callable[..., Script]) -> None:
+    lines = script("""
+        import dataclasses, functools
+        FACTOR = 3
+
+        @dataclasses.dataclass
+        class Tile:
+            number: int
+            def area(self):
+                return self.number * FACTOR
+
+        class TileError(Exception):
+            def __init__(self, tile):
+                super().__init__(tile)
+                self.tile = tile
+
+        def make(number):
+            return Tile(number)
+
+        def grow(tile, by):
+            return Tile(tile.number + by)
+
+        def refuse(tile):
+            raise TileError(tile)
+
+        with AuthenticatedProcessPool(session, 2) as pool:
+            tiles = list(pool.map(make, range(5)))
+            print(all(type(tile) is Tile for tile in tiles), [tile.number for tile in tiles])
+            print([tile.number for tile in pool.map(functools.partial(grow, by=10), tiles)])
+            print([pool.submit(tile.area).result() for tile in tiles[:3]])
+            print(pool.submit(lambda: FACTOR + 1).result())
+            print(type(pool.submit(Tile, 7).result()) is Tile)
+            try:
+                pool.submit(refuse, tiles[2]).result()
+            except TileError as error:
+                print(error.tile == Tile(2), "refuse" in str(error.__cause__))
+    """).rest()
+    assert lines == ["True [0, 1, 2, 3, 4]", "[10, 11, 12, 13, 14]", "[0, 3, 6]", "4", "True", "True True"]
+
+
+@slow
+def test_a_script_without_a_main_guard_works(script: Callable[..., Script]) -> None:
+    """Workers do not import the parent's main module."""
+    lines = script("""
+        pool = AuthenticatedProcessPool(session, 2)
+        print(sum(pool.map(lambda number: number * number, range(100))))
+        pool.shutdown()
+    """).rest()
+    assert lines == ["328350"]
+
+
+@slow
+def test_a_global_set_by_an_initializer_of_main_is_seen_by_its_own_functions_only_through_modules(
+    script: Callable[..., Script],
+) -> None:
+    """Functions of main go by value; what an initializer leaves must lie in a module."""
+    lines = script("""
+        import json
+
+        def set_up():
+            json.left_here = current_session().token.generation
+
+        def look(_):
+            return json.left_here
+
+        with AuthenticatedProcessPool(session, 2, initializer=set_up) as pool:
+            print(set(pool.map(look, range(10))))
+    """).rest()
+    assert lines == ["{1}"]
+
+
+ENDS = {
+    "pending futures": """
+        def note(number):
+            time.sleep(0.05)
+            print("ran", number, flush=True)
+
+        pool = AuthenticatedProcessPool(session, 2)
+        futures = [pool.submit(note, number) for number in range(4)]
+    """,
+    "a finished pool": """
+        pool = AuthenticatedProcessPool(session, 2)
+        for number in range(4):
+            print("ran", pool.submit(int, number).result(), flush=True)
+    """,
+    "an unfinished map": """
+        pool = AuthenticatedProcessPool(session, 2)
+        results = pool.map(int, itertools.count())
+        for number in itertools.islice(results, 4):
+            print("ran", number, flush=True)
+    """,
+    "a pool that never began": """
+        pool = AuthenticatedProcessPool(session, 2)
+        for number in range(4):
+            print("ran", number)
+    """,
+    "imports of multiprocessing after the pool": """
+        pool = AuthenticatedProcessPool(session, 2)
+        for number in range(4):
+            print("ran", pool.submit(int, number).result(), flush=True)
+        import multiprocessing.util, multiprocessing.pool, concurrent.futures.process, loky
+    """,
+    "a view": """
+        pool = AuthenticatedProcessPool(session, 2).options(retries=1)
+        for number in pool.map(int, range(4)):
+            print("ran", number, flush=True)
+    """,
+    "another thread's tasks": """
+        pool = AuthenticatedProcessPool(session, 2)
+        pool.submit(int).result()
+        def work():
+            for number in pool.map(int, range(4), chunksize=1):
+                time.sleep(0.05)
+                print("ran", number, flush=True)
+        threading.Thread(target=work).start()
+    """,
+}
+
+
+@slow
+@pytest.mark.parametrize("text", ENDS.values(), ids=ENDS)
+def test_a_script_ends_without_shutdown(script: Callable[..., Script], text: str) -> None:
+    assert sorted(script(text).rest()) == [f"ran {number}" for number in range(4)]
+
+
+LONG_TASKS = {
+    "in a with block": """
+        with AuthenticatedProcessPool(session, 2) as pool:
+            pool.submit(int).result()
+            print("begun", flush=True)
+            list(pool.map(time.sleep, [8] * 8))
+    """,
+    "without a with block": """
+        pool = AuthenticatedProcessPool(session, 2)
+        pool.submit(int).result()
+        print("begun", flush=True)
+        list(pool.map(time.sleep, [8] * 8))
+    """,
+    "waiting for a future": """
+        with AuthenticatedProcessPool(session, 2) as pool:
+            futures = [pool.submit(time.sleep, 8) for _ in range(8)]
+            print("begun", flush=True)
+            futures[0].result()
+    """,
+    "waiting in shutdown": """
+        pool = AuthenticatedProcessPool(session, 2)
+        futures = [pool.submit(time.sleep, 8) for _ in range(8)]
+        print("begun", flush=True)
+        pool.shutdown()
+    """,
+    "inside the input": """
+        def slow_input():
+            yield 8
+            yield 8
+            print("begun", flush=True)
+            time.sleep(8)
+            yield 8
+
+        with AuthenticatedProcessPool(session, 2) as pool:
+            list(pool.map(time.sleep, slow_input(), chunksize=1))
+    """,
+    "in another module's event loop": """
+        import asyncio
+
+        async def main():
+            with AuthenticatedProcessPool(session, 2) as pool:
+                loop = asyncio.get_running_loop()
+                print("begun", flush=True)
+                await asyncio.gather(*(loop.run_in_executor(pool, time.sleep, 8) for _ in range(4)))
+
+        asyncio.run(main())
+    """,
+}
+
+
+@slow
+@pytest.mark.parametrize("text", LONG_TASKS.values(), ids=LONG_TASKS)
+def test_an_interrupt_ends_a_script_at_once(script: Callable[..., Script], text: str) -> None:
+    """As the terminal sends it: to the whole process group."""
+    running = script(text)
+    running.wait_for_line("begun")
+    workers = running.workers(2)
+    sent = time.monotonic()
+    os.killpg(running.pid, signal.SIGINT)
+    code = running.end()
+    assert time.monotonic() - sent < 1.5 * SLOWNESS
+    assert code in {-signal.SIGINT, 130}
+    until(lambda: all(is_gone(worker) for worker in workers), 1.0 * SLOWNESS)
+    errors = running.errors()
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+    assert "loky" not in errors
+
+
+@slow
+def test_no_worker_can_be_interrupted_at_any_moment_of_its_life(script: Callable[..., Script]) -> None:
+    """SIGINT is blocked or ignored from the first instruction on: what ^C means is the parent's to decide."""
+    running = script("""
+        with AuthenticatedProcessPool(session, 3) as pool:
+            print(pool.submit(int).result(), flush=True)
+            sys.stdin.read()
+    """)
+    seen: dict[int, set[int]] = {}
+
+    def look() -> bool:
+        for pid in workers_of(running.pid):
+            with contextlib.suppress(OSError):
+                status = dict(
+                    line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line
+                )
+                guarded = int(status["SigBlk"], 16) | int(status["SigIgn"], 16)
+                seen.setdefault(pid, set()).add(guarded >> (signal.SIGINT - 1) & 1)
+        return len(seen) == 3 and all(int(_ignored(pid), 16) & 2 for pid in seen)
+
+    until(look)
+    assert all(bits == {1} for bits in seen.values()), seen
+
+
+def _ignored(pid: int) -> str:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return status.partition("SigIgn:")[2].split()[0]
+
+
+@slow
+def test_an_interrupt_while_workers_start_ends_a_script_at_once(
+    script: Callable[..., Script], server: LoopbackServer
+) -> None:
+    """A login that hangs, and workers in the middle of their imports."""
+    server.hang()
+    running = script("""
+        print("begun", flush=True)
+        with AuthenticatedProcessPool(session, 4) as pool:
+            pass
+    """)
+    running.wait_for_line("begun")
+    until(lambda: workers_of(running.pid))
+    sent = time.monotonic()
+    os.killpg(running.pid, signal.SIGINT)
+    assert running.end() in {-signal.SIGINT, 130}
+    assert time.monotonic() - sent < 1.5 * SLOWNESS
+    assert "popen_loky_posix" not in running.errors()
+    server.hang(False)
+
+
+KILLED = """
+    kind = sys.argv[2]
+    pool = AuthenticatedProcessPool(session, 3, memory_name=sys.argv[3] or None)
+    pool.submit(int).result()
+    if kind == "busy":
+        futures = [pool.submit(time.sleep, 60) for _ in range(6)]
+    if kind == "sending":
+        blob = bytes(50_000_000)
+        futures = [pool.submit(lambda blob: blob, blob) for _ in range(6)]
+    if kind == "answering":
+        futures = [pool.submit(lambda: bytes(50_000_000)) for _ in range(6)]
+        futures[0].result()
+    print("begun", flush=True)
+    time.sleep(60)
+"""
+
+
+@slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("kind", ["idle", "busy", "sending", "answering"])
+def test_workers_end_with_their_parent(script: Callable[..., Script], kind: str, number: signal.Signals) -> None:
+    running = script(KILLED, kind, "")
+    running.wait_for_line("begun")
+    workers = running.workers(3)
+    os.kill(running.pid, number)
+    assert running.end() == -number
+    until(lambda: all(is_gone(worker) for worker in workers), 2.0 * SLOWNESS)
+    left = [entry for entry in SHARED_MEMORY.iterdir() if str(running.pid) in re.split(r"\D+", entry.name)]
+    assert not left
+
+
+@slow
+def test_a_killed_parents_name_can_be_taken_again(
+    script: Callable[..., Script], server: LoopbackServer, memory_name: str
+) -> None:
+    running = script(KILLED, "busy", memory_name)
+    running.wait_for_line("begun")
+    workers = running.workers(3)
+    running.process.kill()
+    running.end()
+    until(lambda: all(is_gone(worker) for worker in workers), 2.0 * SLOWNESS)
+    with (
+        pytest.warns(SHUserWarning, match="took over"),
+        AuthenticatedProcessPool(session_at(server), 1, memory_name=memory_name) as pool,
+    ):
+        assert pool.submit(double, 1).result(PATIENCE) == 2
+    assert not [entry for entry in SHARED_MEMORY.iterdir() if memory_name in entry.name]
+
+
+FORKS = {
+    "os._exit": "os._exit(0)",
+    "sys.exit": "sys.exit(0)",
+    "the end of the script": "pass",
+    "use of the pool": """
+        try:
+            pool.submit(int)
+        except RuntimeError as error:
+            assert "belongs to the process that started it" in str(error), error
+            repr(pool), pool.stats()
+            pool.shutdown()
+            pool.terminate()
+            sys.exit(0)
+        sys.exit(1)
+    """,
+    "forgetting the pool": """
+        import gc
+        del pool
+        gc.collect()
+        sys.exit(0)
+    """,
+    "a pool of its own": """
+        with AuthenticatedProcessPool(lambda: {"access_token": "invented", "expires_at": time.time() + 60}, 1) as own:
+            assert own.submit(int, 5).result() == 5
+        sys.exit(0)
+    """,
+}
+
+
+@slow
+@pytest.mark.parametrize("what", FORKS.values(), ids=FORKS)
+def test_a_forked_child_of_the_parent_is_harmless(script: Callable[..., Script], what: str) -> None:
+    child = textwrap.indent(textwrap.dedent(what).strip(), "    ")
+    text = f"""
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+pool = AuthenticatedProcessPool(session, 2)
+print(list(pool.map(int, range(3))), flush=True)
+child = os.fork()
+if child == 0:
+{child}
+else:
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    print(list(pool.map(int, range(30), chunksize=1)) == list(range(30)), flush=True)
+    print(pool.stats().workers_lost, flush=True)
+    pool.shutdown()
+"""
+    assert script(text).rest() == ["[0, 1, 2]", "0", "True", "0"]
+
+
+@slow
+def test_workers_end_with_their_parent_although_a_forked_child_lives(script: Callable[..., Script]) -> None:
+    """The child has copies of the parent's ends of the lifelines."""
+    running = script("""
+        import warnings
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pool = AuthenticatedProcessPool(session, 2)
+        pool.submit(int).result()
+        futures = [pool.submit(time.sleep, 60) for _ in range(2)]
+        child = os.fork()
+        if child == 0:
+            sys.stdout.close()
+            os.close(1), os.close(2)
+            time.sleep(60)
+            os._exit(0)
+        print("begun", flush=True)
+        print(child, flush=True)
+        time.sleep(60)
+    """)
+    running.wait_for_line("begun")
+    child = int(running.output.readline())
+    try:
+        workers = running.workers(2)
+        running.process.kill()
+        running.end()
+        assert not is_gone(child)
+        until(lambda: all(is_gone(worker) for worker in workers), 2.0 * SLOWNESS)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+@slow
+def test_multiprocessing_children_of_the_parent_are_harmless(script: Callable[..., Script]) -> None:
+    lines = script("""
+        import multiprocessing, warnings
+        warnings.simplefilter("ignore", DeprecationWarning)
+
+        def square(number):
+            return number * number
+
+        if __name__ == "__main__":
+            with AuthenticatedProcessPool(session, 2) as pool:
+                pool.submit(int).result()
+                with multiprocessing.get_context("fork").Pool(2) as other:
+                    print(other.map(square, range(4)), flush=True)
+                print(multiprocessing.active_children() is not None, flush=True)
+                print(list(pool.map(square, range(4))), flush=True)
+    """).rest()
+    assert lines == ["[0, 1, 4, 9]", "True", "[0, 1, 4, 9]"]
+
+
+@slow
+def test_a_task_may_use_multiprocessing_itself(script: Callable[..., Script]) -> None:
+    lines = script("""
+        def inner(number):
+            import multiprocessing
+            with multiprocessing.get_context("fork").Pool(2) as pool:
+                return sum(pool.map(abs, range(-number, 0)))
+
+        with AuthenticatedProcessPool(session, 2) as pool:
+            print(list(pool.map(inner, [3, 4], chunksize=1)), flush=True)
+    """).rest()
+    assert lines == ["[6, 10]"]
+
+
+@slow
+def test_the_standard_output_of_workers_is_the_parents(script: Callable[..., Script]) -> None:
+    lines = script("""
+        with AuthenticatedProcessPool(session, 1) as pool:
+            pool.submit(print, "from a worker").result()
+    """).rest()
+    assert lines == ["from a worker"]
