@@ -29,6 +29,7 @@ BATCH_SECONDS = 0.03  # what a batch should take: long against a message, short 
 LARGEST_BATCH = 32_768  # items; beyond it batches cost memory and gain nothing
 _GROWTH = 8  # times; one batch of tiny tasks says little about the next
 _BATCHES_PER_WORKER = 2  # one running and one at hand
+_SINGLES, _MOST_SINGLES = 4, 256  # items a worker under way where each is a message: at first, and if that starves it
 _END_GAME = 3  # batches each worker should still get of what is known to be left
 
 
@@ -119,8 +120,9 @@ class LazyMap:
             min(expected) if min(expected) >= 0 else None,
         )
         self._batches_at_most = max(engine.workers * _BATCHES_PER_WORKER + 1, 2)
+        self._batches_ever = self._batches_at_most
         if options.goes_singly:
-            self._batches_at_most *= 4
+            self._batches_at_most, self._batches_ever = _SINGLES * engine.workers, _MOST_SINGLES * engine.workers
         self._under_way: deque[_Batch] = deque()
         self._pulled = 0
         self._held = 0  # items pulled and not yet handed out
@@ -169,6 +171,8 @@ class LazyMap:
     def _fill(self) -> list[_Batch]:
         """Pull and submit as much as the window allows; return the new batches."""
         new = []
+        if self._under_way and self._batches_at_most < self._batches_ever and self._under_way[-1].future.done():
+            self._batches_at_most = min(self._batches_at_most * 2, self._batches_ever)  # the workers ran dry
         while not self._is_exhausted and len(self._under_way) < self._batches_at_most:
             size = self._sizer.next_size(self._pulled)
             if self._options.buffersize is not None:

@@ -605,18 +605,33 @@ def test_a_system_without_free_descriptors_is_asked_again_slowly(caplog: pytest.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(list(Path("/proc/self/fd").iterdir()))
     with running(20) as crew, caplog.at_level(logging.WARNING, logger="shpool.engines.crew"):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 22, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 30, hard))
         try:
             until(lambda: any("cannot be started" in record.message for record in caplog.records))
             assert 1 <= len(crew.pids) < 20
             assert result(crew, double, 4) == 8
-            before = time.thread_time()
+            before, told = time.thread_time(), len(caplog.records)
             time.sleep(0.5)
-            assert len(caplog.records) <= 3
+            assert len(caplog.records) - told <= 1
             assert time.thread_time() - before < 0.25
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         until(lambda: len(crew.pids) == 20)
+
+
+def test_what_waits_behind_a_long_call_goes_to_an_idle_worker() -> None:
+    """Tiny calls travel many at a time; when one of them turns out long, those behind it are called back."""
+    with running(2) as crew:
+        ready(crew)
+        fn = crew.prepare(time.sleep)
+        for future in [crew.submit(Task(fn, (0,))) for _ in range(2000)]:
+            future.result(10)
+        began = time.monotonic()
+        futures = [crew.submit(Task(fn, (1.0 if index == 100 else 0,))) for index in range(2000)]
+        done = [future.result(10) for index, future in enumerate(futures) if index != 100]
+        assert len(done) == 1999
+        assert time.monotonic() - began < 0.9
+        assert futures[100].result(10) is None
 
 
 # Forks of the parent

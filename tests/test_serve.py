@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,8 @@ def parent() -> Iterator[Parent]:
     """Run the serve loop in a thread; it must end once it is told to, or its parent has gone."""
     ours, theirs = socket.socketpair()
     ours.settimeout(10)
-    lifeline = Lifeline(theirs)
+    recalled, recall = os.pipe()
+    lifeline = Lifeline(theirs, recalled)
 
     def work() -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -83,8 +85,9 @@ def parent() -> Iterator[Parent]:
     ours.close()
     worker.join(10)
     assert not worker.is_alive()
-    lifeline._stream.close()
     theirs.close()
+    os.close(recalled)
+    os.close(recall)
 
 
 @given(messages=messages, data=st.data())

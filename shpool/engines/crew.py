@@ -7,10 +7,8 @@ sends from the caller's thread when a worker is idle, so a lone task takes one h
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import hashlib
-import heapq
 import itertools
 import logging
 import os
@@ -23,8 +21,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from shpool.board import anonymous_board
 from shpool.engines.base import BatchResult, Tally, WorkerSetup
+from shpool.engines.dispatch import STUCK_AFTER, Dispatch
 from shpool.engines.member import Flight, Member, PackedFunction
-from shpool.engines.serve import Kind, dump_setup, encode
+from shpool.engines.serve import RECEIVE_SIZE, Kind, dump_setup, encode
 from shpool.errors import (
     InitializerError,
     TaskError,
@@ -46,11 +45,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TINY = 0.002  # s; only while a function's calls are shorter does more than one travel to a worker at a time
-_NOT_TINY_AFTER = 0.02  # s; whatever was measured, nothing is sent to wait behind a call that has run so long
-_MOST_PACES = 1024  # functions whose pace is remembered
-_PACE_MEMORY = 0.2  # share of the newest call's time in the running mean
-_MOST_UNDER_WAY = 4  # tiny tasks at a worker: enough to hide a round trip (measured: 2 give 99,000/s, 4 183,000/s)
 _MOST_FALSE_STARTS = 3  # workers in a row that die before they are ready: then the machine or the code is at fault
 _LAUNCH_PAUSE = 1.0  # s after the system refused a process or a descriptor
 _STOP_WITHIN = 5.0  # s a worker may take to end by itself
@@ -81,16 +75,15 @@ class Crew:
         self._poll = select.poll()  # the loop's alone
         self._bell_in = self._bell_out = -1  # a pipe once started
         self._launch_not_before = 0.0
+        self._landing = memoryview(bytearray(RECEIVE_SIZE))
 
         # Guards all that follows. It can be taken twice: a forgotten pool is collected in whatever thread makes the
         # garbage collector run, this module's included, and then calls shutdown().
         self._lock = threading.RLock()
         self._members: dict[int, Member] = {}  # by the lifeline's descriptor
-        self._queue: collections.deque[Flight] = collections.deque()
-        self._delayed: list[tuple[float, int, Flight]] = []  # a heap
+        self._dispatch = Dispatch()
         self._pending = 0  # flights whose future is not settled
         self._timed = 0  # of these, how many have a timeout
-        self._paces: dict[bytes, float] = {}  # seconds a call takes, by the function's key
         self._false_starts = 0
         self._is_closing = self._is_killing = self._has_ended = False
         self._fatal: Exception | None = None
@@ -162,9 +155,10 @@ class Crew:
             self._refuse_if_over()
             self._pending += 1
             self._timed += task.timeout is not None
-            self._queue.append(flight)
-            if self._assign():
-                self._ring()
+            self._dispatch.add(flight)
+            loaded = self._assign(fill=False)
+        if loaded or task.timeout is not None:
+            self._send(loaded, ring=task.timeout is not None)
         return future
 
     def shutdown(self, *, cancel: bool = False, kill: bool = False) -> None:
@@ -172,17 +166,15 @@ class Crew:
         with self._lock:
             self._is_closing = True
             self._is_killing |= kill
-            dropped = [*self._queue, *(flight for _, _, flight in self._delayed)] if cancel or kill else []
-            if dropped:
-                self._queue.clear()
-                self._delayed.clear()
+            dropped = self._dispatch.clear() if cancel or kill else []
             self._ring()
         for flight in dropped:
             if not flight.future.cancel():  # it ran before, and waits for another attempt
                 self._settle(flight, TaskTerminatedError(flight.task.label))
             else:
                 flight.future.set_running_or_notify_cancel()
-                self._forget(flight)
+                with self._lock:
+                    self._forget(flight)
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the loop's end."""
@@ -212,61 +204,43 @@ class Crew:
             msg = "cannot schedule new futures after shutdown"
             raise RuntimeError(msg)
 
-    def _assign(self) -> bool:
-        """Send queued flights to workers with room; tell whether the loop must send the rest of a message."""
-        has_unsent = False
-        while self._queue:
-            flight = self._queue[0]
-            member = self._roomiest(may_wait=self._is_tiny(flight))
-            if member is None:
-                break
-            self._queue.popleft()
+    def _assign(self, *, fill: bool) -> dict[Member, bool]:
+        """Load workers that have room with queued flights; return them, and for each whether it was idle before."""
+        loaded: dict[Member, bool] = {}
+        while pair := self._dispatch.next_pair(self._members.values(), fill=fill):
+            flight, member = pair
             if not flight.is_running and not flight.future.set_running_or_notify_cancel():
-                self._pending -= 1
-                self._timed -= flight.task.timeout is not None
+                self._forget(flight)
                 continue
             flight.is_running = True
             if not member.flights:
                 member.head_since = time.monotonic()
+            loaded.setdefault(member, not member.flights)
             member.flights.append(flight)
-            member.send(member.message_for(flight))
-            if member.is_gone:  # it had died before; the loop will hear of it
-                self._queue.appendleft(member.flights.pop())
-            has_unsent |= member.has_unsent
-        return has_unsent or (self._timed > 0)
-
-    def _roomiest(self, *, may_wait: bool) -> Member | None:
-        """Return the worker to send to next: an idle one, else one at tiny tasks behind which another may wait."""
-        best: Member | None = None
-        for member in self._members.values():
-            if not member.is_ready or member.is_gone or member.doom is not None:
-                continue
-            if not member.flights:
-                return member
-            if may_wait and len(member.flights) < (_MOST_UNDER_WAY if best is None else len(best.flights)):
-                best = member if self._is_tiny(member.flights[0]) and self._has_just_begun(member) else best
-        return best
-
-    def _is_tiny(self, flight: Flight) -> bool:
-        """Tell whether this function's calls were measured to be tiny; what is sent cannot be cancelled any more."""
-        return not flight.task.batch and self._paces.get(flight.function.key, _TINY) < _TINY
-
-    @staticmethod
-    def _has_just_begun(member: Member) -> bool:
-        return not member.has_unsent and time.monotonic() - member.head_since < _NOT_TINY_AFTER
-
-    def _note_pace(self, flight: Flight, seconds: float) -> None:
-        """Take the time of one call into its function's running mean."""
-        if len(self._paces) >= _MOST_PACES:
-            self._paces.clear()
-        known = self._paces.setdefault(flight.function.key, seconds)
-        self._paces[flight.function.key] = known + _PACE_MEMORY * (seconds - known)
+            member.put(member.message_for(flight))
+        return loaded
 
     def _ring(self) -> None:
         if not self._is_rung and not self._has_ended and self._bell_out >= 0:
             self._is_rung = True
             with contextlib.suppress(BlockingIOError):
                 os.write(self._bell_out, b"!")
+
+    # What follows runs outside the lock: system calls let other threads in, and these would stop at it.
+
+    def _send(self, loaded: dict[Member, bool], *, ring: bool = False) -> None:
+        """Send what was assigned; leave to the loop what does not fit, and workers that turn out to be gone."""
+        for member, was_idle in loaded.items():
+            member.flush()
+            ring |= member.has_unsent
+            if member.is_gone and was_idle:  # it died idle and has begun none of these; the loop will hear of it
+                with self._lock:
+                    self._dispatch.put_back(member.flights)
+                    member.flights.clear()
+                ring = True
+        if ring:
+            with self._lock:
+                self._ring()
 
     # What follows runs in the loop's thread.
 
@@ -311,17 +285,28 @@ class Crew:
         self._poll.register(member.fileno(), select.POLLIN)
 
     def _nap_ms(self) -> float:
+        """Return how long the loop may sleep, in milliseconds, if nothing comes."""
         with self._lock:
-            moments = [self._delayed[0][0]] if self._delayed else []
+            moments = [_LONGEST_NAP + (now := time.monotonic())]
+            if self._dispatch.next_due is not None:
+                moments.append(self._dispatch.next_due)
             if len(self._members) < self.workers and not self._is_closing:
-                if self._launch_not_before <= time.monotonic():
-                    return 0.0
                 moments.append(self._launch_not_before)
             if self._timed:
                 moments += [limit for limit, _ in self._limits()]
-        if not moments:
-            return _LONGEST_NAP * 1000
-        return max(0.0, min(moments) - time.monotonic()) * 1000 + 1
+            moments += [member.head_since + STUCK_AFTER for member in self._waited_for()]
+        return max(0.0, min(moments) - now) * 1000 + (min(moments) > now)
+
+    def _waited_for(self) -> list[Member]:
+        """Return the workers at which flights wait that an idle one could run; under the lock."""
+        members = self._members.values()
+        if self._dispatch or not any(member.is_usable and not member.flights for member in members):
+            return []
+        return [
+            member
+            for member in members
+            if len(member.flights) > 1 and member.recalled_behind != member.flights[0].number
+        ]
 
     def _limits(self) -> list[tuple[float, Member]]:
         """Return when each running task with a timeout must be stopped; under the lock."""
@@ -340,14 +325,16 @@ class Crew:
                     self._watch_unsent()
                 continue
             member = self._members[descriptor]
+            if event & select.POLLOUT:
+                member.flush()
+            messages = member.receive(self._landing)
             with self._lock:
-                if event & select.POLLOUT:
-                    member.flush()
-                    self._watch(member)
-                messages = member.receive()
                 answers = [(self._land(member, message), message) for message in messages]
-                self._assign()
-                self._watch_unsent()
+                self._dispatch.note_room()
+                loaded = self._assign(fill=True)
+            self._send(loaded)
+            if member.has_unsent or event & select.POLLOUT:
+                self._watch(member)
             for flight, message in answers:
                 self._take(member, flight, message)
             if member.is_gone:
@@ -366,12 +353,15 @@ class Crew:
         if message.kind == Kind.READY:
             member.is_ready = True
             self._false_starts = 0
+        if message.kind == Kind.RETURNED:
+            returned = member.take_back(load(message.payload))
+            self._dispatch.put_back(returned)
         if message.kind not in {Kind.RESULT, Kind.ERROR}:
             return None
         flight = member.flights.popleft()
         member.head_since = time.monotonic()
         if not flight.task.batch:
-            self._note_pace(flight, message.seconds)
+            self._dispatch.note_pace(flight, message.seconds)
         return flight
 
     def _take(self, member: Member, flight: Flight | None, message: Message) -> None:
@@ -416,7 +406,7 @@ class Crew:
             if self._is_closing and self._is_killing:
                 return False
             self.tally.retried += 1
-            heapq.heappush(self._delayed, (time.monotonic() + delay, flight.number, flight))
+            self._dispatch.delay(flight, time.monotonic() + delay)
         text = "%s failed with %s; attempt %d of %d in %.1f s"
         logger.warning(
             text, flight.task.label, type(error).__name__, flight.attempts + 1, flight.task.retries + 1, delay
@@ -425,23 +415,21 @@ class Crew:
 
     def _settle(self, flight: Flight, error: BaseException | None, result: object = None) -> None:
         """Give the future its end; its callbacks run here, so outside the lock."""
-        with self._lock:
-            if error is None:
-                self.tally.done += 1
-            else:
-                self.tally.failed += 1
         if error is None:
             flight.future.set_result(result)
         else:
             flight.future.set_exception(error)
-        self._forget(flight)
+        with self._lock:
+            self.tally.done += error is None
+            self.tally.failed += error is not None
+            self._forget(flight)
 
     def _forget(self, flight: Flight) -> None:
-        with self._lock:
-            self._pending -= 1
-            self._timed -= flight.task.timeout is not None
-            if self._is_closing and self._pending == 0:
-                self._ring()
+        """Count a flight out; under the lock."""
+        self._pending -= 1
+        self._timed -= flight.task.timeout is not None
+        if self._is_closing and self._pending == 0:
+            self._ring()
 
     def _lose(self, member: Member) -> None:
         """A worker is gone: its running task has failed, what waited behind it goes back to the queue's head."""
@@ -449,7 +437,7 @@ class Crew:
         with self._lock:
             del self._members[member.fileno()]
             head = member.flights.popleft() if member.flights and not self._may_go_again(member) else None
-            self._queue.extendleft(reversed(member.flights))
+            self._dispatch.put_back(member.flights)
             self._false_starts += not member.is_ready
             self.tally.workers_lost += 1
         exitcode = member.reap()
@@ -464,7 +452,7 @@ class Crew:
             self._take_loss(head, member.doom.error)
         else:  # the doomed task had just ended, and the next one was hit in its place
             with self._lock:
-                self._queue.appendleft(head)
+                self._dispatch.put_back([head])
 
     @staticmethod
     def _may_go_again(member: Member) -> bool:
@@ -485,14 +473,18 @@ class Crew:
         """Stop tasks that ran too long; queue those whose pause is over."""
         now = time.monotonic()
         with self._lock:
-            while self._delayed and self._delayed[0][0] <= now:
-                self._queue.append(heapq.heappop(self._delayed)[2])
+            self._dispatch.release_due(now)
+            self._dispatch.note_room()
+            loaded = self._assign(fill=True)
             late = [member for limit, member in self._limits() if limit <= now] if self._timed else []
-            self._assign()
-            self._watch_unsent()
             for member in late:
                 flight = member.flights[0]
                 member.condemn(flight, TaskTimeoutError(flight.task.label, flight.task.timeout or 0.0))
+            for member in self._waited_for():
+                if member.head_since + STUCK_AFTER <= now:
+                    member.recall()
+        self._send(loaded)
+        self._watch_unsent()
 
     def _fail_all(self, error: Exception) -> None:
         """The pool is beyond help: all its futures get this error, and so does every later submit."""
@@ -503,14 +495,13 @@ class Crew:
     def _drop_waiting(self, error_for: Callable[[Flight], Exception]) -> None:
         """Settle what is queued or delayed."""
         with self._lock:
-            flights = [*self._queue, *(flight for _, _, flight in self._delayed)]
-            self._queue.clear()
-            self._delayed.clear()
+            flights = self._dispatch.clear()
         for flight in flights:
             if flight.is_running or flight.future.set_running_or_notify_cancel():
                 self._settle(flight, error_for(flight))
             else:
-                self._forget(flight)
+                with self._lock:
+                    self._forget(flight)
 
     def _stop_members(self) -> None:
         """End the workers: by request if they are idle, by SIGKILL if not, or if they take too long."""
@@ -522,7 +513,8 @@ class Crew:
             if member.flights or not member.is_ready:
                 member.kill()
             else:
-                member.send(encode(Kind.STOP))
+                member.put(encode(Kind.STOP))
+                member.flush()
         for flight in running:
             self._settle(flight, self._ending_of(flight))
         self._drop_waiting(self._ending_of)  # a worker lost meanwhile has put its own back into the queue

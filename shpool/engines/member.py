@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import socket
+import threading
 import time
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from shpool.engines.serve import RECEIVE_SIZE, Kind, LifelineHandle, MessageBuffer, encode, work
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from concurrent.futures import Future
 
     from shpool.board import Board
@@ -62,27 +63,32 @@ class Doom(NamedTuple):
 class Member:
     """A worker process and the parent's end of its lifeline.
 
-    Not safe for threads by itself: the crew calls it under its lock.
+    Not safe for threads by itself, but for ``flush``: the crew calls it under its lock, and ``receive`` from its loop.
 
     Attributes:
         flights: What was sent and is not answered, oldest first; the first one is running.
         is_ready: The worker has been initialised.
+        recalled_behind: Number of the flight behind which the worker was last asked for what it has not begun.
         is_gone: The worker's end of the lifeline is closed.
         doom: Set when the process was killed for the sake of one flight.
         head_since: Boot of the first flight's run, by ``time.monotonic``.
         died_unread: The worker ended before it had read all that was sent: it has not begun the last flight.
     """
 
-    def __init__(self, process: Any, end: socket.socket) -> None:  # noqa: ANN401 - loky has no types
+    def __init__(self, process: Any, end: socket.socket, recall: int) -> None:  # noqa: ANN401 - loky has no types
         self._process = process
         self._end = end
+        self._recall = recall  # the descriptor that a byte is written to
         self._incoming = MessageBuffer()
-        self._outbox = bytearray()
+        self._outbox: collections.deque[bytes] = collections.deque()
+        self._sending = threading.Lock()  # guards _unsent: what was taken out of the outbox and did not fit
+        self._unsent = bytearray()
         self.pid: int = process.pid
         self.flights: collections.deque[Flight] = collections.deque()
         self.functions: set[bytes] = set()
         self.is_ready = False
         self.is_gone = False
+        self.recalled_behind = 0
         self.doom: Doom | None = None
         self.head_since = 0.0
         self.died_unread = False
@@ -97,11 +103,13 @@ class Member:
         from loky.backend import get_context
 
         ours, theirs = socket.socketpair()
+        recalled, recall = os.pipe()
         try:
+            os.set_blocking(recall, False)
             handle = board.handle()
             process = get_context("loky").Process(
                 target=work,
-                args=(LifelineHandle(theirs), handle, setup, tuple(blanked)),
+                args=(LifelineHandle(theirs, recalled), handle, setup, tuple(blanked)),
                 env={**env, **dict.fromkeys(blanked, "")},
             )
             resource_tracker.ensure_running()  # before Python 3.13 its launch, inside start(), unblocks SIGINT
@@ -116,22 +124,29 @@ class Member:
                 handle.keep_from_others()
         except BaseException:
             ours.close()
+            os.close(recall)
             raise
         finally:
             theirs.close()
+            os.close(recalled)
         # Else multiprocessing would wait for it at the interpreter's exit, before the pool is told to end.
         getattr(multiprocessing.process, "_children", set()).discard(process)
         ours.setblocking(False)
-        return cls(process, ours)
+        return cls(process, ours, recall)
 
     def fileno(self) -> int:
         """Return the lifeline's descriptor, for ``poll``."""
         return self._end.fileno()
 
     @property
+    def is_usable(self) -> bool:
+        """Tell whether tasks may be sent here."""
+        return self.is_ready and not self.is_gone and self.doom is None
+
+    @property
     def has_unsent(self) -> bool:
         """Tell whether the worker's socket was full at the last send."""
-        return bool(self._outbox)
+        return bool(self._unsent)
 
     def message_for(self, flight: Flight) -> bytes:
         """Return the messages that start a flight here, the function included where this worker lacks it."""
@@ -145,48 +160,56 @@ class Member:
             prefix += encode(Kind.FUNCTION, payload=packed.pickled, key=packed.key)
         return prefix + encode(flight.kind, flight.number, flight.payload, key=packed.key)
 
-    def send(self, data: bytes) -> None:
-        """Send what fits now and keep the rest; never blocks, so two full sockets cannot wait for each other."""
-        sent = 0
-        if not self._outbox:
-            try:
-                sent = self._end.send(data)
-            except BlockingIOError:
-                pass
-            except (BrokenPipeError, ConnectionResetError):
-                self.is_gone = True
-                return
-        if sent < len(data):
-            self._outbox += memoryview(data)[sent:]
+    def put(self, data: bytes) -> None:
+        """Hold a message ready for ``flush``; messages go in the order of these calls."""
+        self._outbox.append(data)
 
     def flush(self) -> None:
-        """Send more of what was kept."""
-        try:
-            sent = self._end.send(memoryview(self._outbox)[:RECEIVE_SIZE])
-        except BlockingIOError:
-            return
-        except (BrokenPipeError, ConnectionResetError):
-            return  # the loop is about to read the end of the stream
-        del self._outbox[:sent]
+        """Send as much as fits, from any thread; never blocks, so two full sockets cannot wait for each other."""
+        with self._sending:
+            while self._outbox:
+                self._unsent += self._outbox.popleft()
+            if not self._unsent:
+                return
+            try:
+                sent = self._end.send(self._unsent)
+            except BlockingIOError:
+                return
+            except (OSError, ValueError):  # its end is closed, or ours
+                self.is_gone = True  # the loop is about to read the end of the stream
+                return
+            del self._unsent[:sent]
 
-    def receive(self) -> list[Message]:
-        """Return the messages that have arrived; sets ``is_gone`` at the end of the stream."""
+    def receive(self, landing: memoryview) -> list[Message]:
+        """Return the messages that have arrived, through the caller's buffer; sets ``is_gone`` at the stream's end."""
         messages: list[Message] = []
         while True:
             try:
-                data = self._end.recv(RECEIVE_SIZE)
+                size = self._end.recv_into(landing)
             except BlockingIOError:
                 return messages
             except ConnectionResetError:  # as the kernel tells that the other end closed with bytes unread
                 self.died_unread = True
-                data = b""
-            if not data:
+                size = 0
+            if not size:
                 self.is_gone = True
-                self.died_unread |= bool(self._outbox)
+                self.died_unread |= self.has_unsent
                 return messages
-            messages.extend(self._incoming.feed(data))
-            if len(data) < RECEIVE_SIZE:
+            messages.extend(self._incoming.feed(landing[:size]))
+            if size < len(landing):
                 return messages
+
+    def recall(self) -> None:
+        """Ask the worker for what it has not begun; it answers RETURNED even in the middle of a task."""
+        self.recalled_behind = self.flights[0].number
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            os.write(self._recall, b"!")
+
+    def take_back(self, numbers: Collection[int]) -> list[Flight]:
+        """Return the flights of these numbers: the worker will not run them."""
+        returned = [flight for flight in self.flights if flight.number in numbers]
+        self.flights = collections.deque(flight for flight in self.flights if flight.number not in numbers)
+        return returned
 
     def condemn(self, flight: Flight, error: TaskError) -> None:
         """Kill the process to stop one flight; the end of the lifeline tells when it is gone."""
@@ -197,13 +220,16 @@ class Member:
         """Wait until the worker has closed its end, so many seconds at most; what it still says is dropped."""
         ended = select.poll()
         ended.register(self._end.fileno(), select.POLLIN)
-        give_up = time.monotonic() + seconds
+        give_up, dropped = time.monotonic() + seconds, memoryview(bytearray(RECEIVE_SIZE))
         while not self.is_gone and ended.poll(max(0.0, give_up - time.monotonic()) * 1000):
-            self.receive()
+            self.receive(dropped)
 
     def let_go(self) -> None:
-        """Close a forked child's copy of the lifeline."""
+        """Close this process's copy of the lifeline."""
         self._end.close()
+        if self._recall >= 0:
+            os.close(self._recall)
+            self._recall = -1
 
     def kill(self) -> None:
         """End the process at once."""
@@ -212,7 +238,7 @@ class Member:
 
     def reap(self) -> int | None:
         """Let go of the lifeline, wait for the end of the process, return its exit code."""
-        self._end.close()
+        self.let_go()
         exitcode = self._exitcode_within(_REAP_WITHIN)
         if exitcode is None:
             self.kill()

@@ -1,13 +1,15 @@
 """The lifeline: its wire format, and the worker's end of it.
 
 A message is a header and a payload. Parent to worker: FUNCTION, FORGET (all functions), CALL, BATCH, STOP. Worker to
-parent: READY, UNFIT (the initializer failed), RESULT, ERROR, REFUSED (a generation). The header's ``key``
-is a function's digest, its ``seconds`` the time a call took. The end of the stream tells either side that the
-other is gone.
+parent: READY, UNFIT (the initializer failed), RESULT, ERROR, REFUSED (a generation), RETURNED (calls not begun). The
+header's ``key`` is a function's digest, its ``seconds`` the time a call took. The end of the stream tells either side
+that the other is gone. Beside the stream stands a pipe on which the parent asks for what was not begun: it is heard
+in the middle of a task too.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import enum
 import os
@@ -49,6 +51,7 @@ class Kind(enum.IntEnum):
     ERROR = 9
     REFUSED = 10
     FORGET = 11
+    RETURNED = 12
 
 
 class Message(NamedTuple):
@@ -72,53 +75,68 @@ class MessageBuffer:
     def __init__(self) -> None:
         self._bytes = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[Message]:
-        """Take more bytes; yield the messages that are complete with them."""
-        held = self._bytes
-        held += data
-        start = 0
-        while len(held) - start >= HEADER.size:
-            length, kind, number, key, seconds = HEADER.unpack_from(held, start)
-            end = start + HEADER.size + length
-            if len(held) < end:
-                break
-            yield Message(kind, number, key, seconds, bytes(memoryview(held)[start + HEADER.size : end]))
-            start = end
-        if start:
+    def feed(self, data: bytes | memoryview) -> list[Message]:
+        """Take more bytes, copying what it keeps; return the messages that are complete with them."""
+        held, messages, start = self._bytes, [], 0
+        if held:
+            held += data
+        with memoryview(held or data) as source:
+            while len(source) - start >= HEADER.size:
+                length, kind, number, key, seconds = HEADER.unpack_from(source, start)
+                end = start + HEADER.size + length
+                if len(source) < end:
+                    break
+                messages.append(Message(kind, number, key, seconds, bytes(source[start + HEADER.size : end])))
+                start = end
+            rest = None if held else bytes(source[start:])
+        if rest is None:
             del held[:start]
+        else:
+            held += rest
+        return messages
 
 
 class LifelineHandle:
-    """Carries the worker's end of a socket pair to a process being spawned."""
+    """Carries the worker's ends of a lifeline to a process being spawned, and becomes a ``Lifeline`` there."""
 
-    def __init__(self, end: socket.socket) -> None:
+    def __init__(self, end: socket.socket, recalled: int) -> None:
         self._end = end
+        self._recalled = recalled
 
-    def __reduce__(self) -> tuple[Callable[..., socket.socket], tuple[object, ...]]:
-        return _end_handed_over, (DupFd(self._end.fileno()),)
+    def __reduce__(self) -> tuple[Callable[..., Lifeline], tuple[object, ...]]:
+        return _handed_over, (DupFd(self._end.fileno()), DupFd(self._recalled))
 
 
-def _end_handed_over(duplicate: Any) -> socket.socket:  # noqa: ANN401 - multiprocessing's DupFd has no type
-    return socket.socket(fileno=duplicate.detach())
+def _handed_over(end: Any, recalled: Any) -> Lifeline:  # noqa: ANN401 - multiprocessing's DupFd has no type
+    return Lifeline(socket.socket(fileno=end.detach()), recalled.detach())
 
 
 class Lifeline:
-    """The worker's end: reads whole messages, writes from any thread."""
+    """The worker's end: reads whole messages, writes from any thread, gives back what was not begun.
 
-    def __init__(self, end: socket.socket) -> None:
+    Args:
+        end: The worker's end of the socket pair.
+        recalled: Descriptor of a pipe on which the parent asks for what was not begun.
+    """
+
+    def __init__(self, end: socket.socket, recalled: int) -> None:
         self._end = end
-        self._stream = end.makefile("rb", buffering=64 * 1024)
+        self._recalled = recalled
         self._writing = threading.Lock()
+        self._reading = threading.Lock()  # guards the three below
+        self._landing = memoryview(bytearray(RECEIVE_SIZE))
+        self._incoming = MessageBuffer()
+        self._arrived: collections.deque[Message] = collections.deque()
 
     def messages(self) -> Iterator[Message]:
         """Yield what the parent sends, until it is gone."""
-        read = self._stream.read
-        while len(header := read(HEADER.size)) == HEADER.size:
-            length, kind, number, key, seconds = HEADER.unpack(header)
-            payload = read(length) if length else b""
-            if len(payload) < length:
-                return
-            yield Message(kind, number, key, seconds, payload)
+        while True:
+            with self._reading:
+                while not self._arrived:
+                    if not self._receive():
+                        return
+                message = self._arrived.popleft()
+            yield message
 
     def send(self, kind: Kind, number: int = 0, payload: bytes = b"", *, seconds: float = 0.0) -> None:
         """Send a message; waits while the parent is busy reading others."""
@@ -128,22 +146,50 @@ class Lifeline:
     def let_go(self) -> None:
         """Close a forked child's copy."""
         os.close(self._end.detach())
+        os.close(self._recalled)
 
-    def end_with_parent(self) -> None:
-        """End this process when the parent is gone, whatever the main thread does; runs in a thread."""
-        watch = select.poll()
-        watch.register(self._end.fileno(), 0)  # POLLHUP is always reported
-        watch.poll()
+    def watch(self) -> None:
+        """Heed the parent whatever the main thread does: end with it, give back what it asks for; runs in a thread."""
+        ears = select.poll()
+        ears.register(self._end.fileno(), 0)  # POLLHUP is always reported
+        ears.register(self._recalled, select.POLLIN)
+        while ears.poll() == [(self._recalled, select.POLLIN)]:
+            os.read(self._recalled, 64)
+            self._give_back()
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(1)
 
+    def _give_back(self) -> None:
+        """Answer RETURNED with the numbers of the calls that have arrived and were not begun."""
+        numbers: list[int] = []
+        if self._reading.acquire(blocking=False):  # else the main thread waits for messages: there are none
+            try:
+                while self._receive(socket.MSG_DONTWAIT):
+                    pass
+                numbers = [message.number for message in self._arrived if message.kind == Kind.CALL]
+                rest = [message for message in self._arrived if message.kind != Kind.CALL]
+                self._arrived = collections.deque(rest)
+            finally:
+                self._reading.release()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.send(Kind.RETURNED, payload=dump(numbers))
 
-def work(handed_over: socket.socket, board: BoardHandle | BoardReader, setup: bytes, blanked: tuple[str, ...]) -> None:
+    def _receive(self, flags: int = 0) -> bool:
+        """Take in what has arrived; tell whether there may be more."""
+        try:
+            size = self._end.recv_into(self._landing, 0, flags)
+        except (BlockingIOError, ConnectionResetError):
+            return False
+        self._arrived.extend(self._incoming.feed(self._landing[:size]))
+        return size > 0
+
+
+def work(lifeline: Lifeline, board: BoardHandle | BoardReader, setup: bytes, blanked: tuple[str, ...]) -> None:
     """Be a worker: take the shared session, serve tasks until told to stop. The process's main function.
 
     Args:
-        handed_over: The worker's end of its lifeline; a ``LifelineHandle`` before it was pickled.
+        lifeline: The worker's end of it; a ``LifelineHandle`` before it was pickled.
         board: The pool's board; a ``BoardHandle`` before it was pickled.
         setup: The pickled ``WorkerSetup``.
         blanked: Environment variables that came blank, so that no secret is inherited; removed here.
@@ -155,10 +201,9 @@ def work(handed_over: socket.socket, board: BoardHandle | BoardReader, setup: by
     for name in blanked:
         if not os.environ.get(name):
             os.environ.pop(name, None)
-    lifeline = Lifeline(handed_over)
     # What a task forks must not keep the lifeline open: the parent would not see this worker's end.
     os.register_at_fork(after_in_child=lifeline.let_go)
-    threading.Thread(target=lifeline.end_with_parent, name="shpool-watch", daemon=True).start()
+    threading.Thread(target=lifeline.watch, name="shpool-watch", daemon=True).start()
     try:
         _initialise(lifeline, board, setup)
     except BaseException as exc:  # noqa: BLE001 - border: the initializer is the user's

@@ -1,0 +1,116 @@
+"""Which flight goes to which worker, and when: decisions on the crew's queues, no input and no output.
+
+Everything here is called under the crew's lock.
+"""
+
+from __future__ import annotations
+
+import collections
+import heapq
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from shpool.engines.member import Flight, Member
+
+TINY = 0.002  # s; only while a function's calls are shorter does more than one travel to a worker at a time
+STUCK_AFTER = 0.02  # s; nothing waits behind a call that has run so long, whatever was measured before
+_AHEAD = 0.005  # s of work to have at a worker: as long as Python may keep the loop's thread from running
+_DEEPEST = 256  # calls at a worker
+_PRIMED = 2  # tiny calls at a worker to which submit() sends by itself; beyond that the loop sends many at once
+_MOST_PACES = 1024  # functions whose pace is remembered
+_PACE_MEMORY = 0.2  # share of the newest call's time in the running mean
+
+
+class Dispatch:
+    """The flights that wait, and the measured paces that tell how many may be under way."""
+
+    def __init__(self) -> None:
+        self._queue: collections.deque[Flight] = collections.deque()
+        self._delayed: list[tuple[float, int, Flight]] = []  # a heap by due time; the number breaks ties
+        self._paces: dict[bytes, float] = {}  # seconds a call takes, by the function's key
+        self._is_saturated = False  # the queue's head found no room, and no worker has got any since
+
+    def __bool__(self) -> bool:
+        return bool(self._queue)
+
+    @property
+    def next_due(self) -> float | None:
+        """When the next delayed flight is due, by ``time.monotonic``."""
+        return self._delayed[0][0] if self._delayed else None
+
+    def add(self, flight: Flight) -> None:
+        """Queue a flight behind the others."""
+        self._queue.append(flight)
+
+    def put_back(self, flights: Iterable[Flight]) -> None:
+        """Queue flights before the others, in their order."""
+        self._queue.extendleft(reversed(list(flights)))
+
+    def delay(self, flight: Flight, until: float) -> None:
+        """Queue a flight later."""
+        heapq.heappush(self._delayed, (until, flight.number, flight))
+
+    def release_due(self, now: float) -> None:
+        """Queue the delayed flights whose time has come."""
+        while self._delayed and self._delayed[0][0] <= now:
+            self._queue.append(heapq.heappop(self._delayed)[2])
+
+    def clear(self) -> list[Flight]:
+        """Take out all that waits."""
+        flights = [*self._queue, *(flight for _, _, flight in self._delayed)]
+        self._queue.clear()
+        self._delayed.clear()
+        return flights
+
+    def note_room(self) -> None:
+        """Take note that a worker has more room than before."""
+        self._is_saturated = False
+
+    def note_pace(self, flight: Flight, seconds: float) -> None:
+        """Take the time of one call into its function's running mean."""
+        if len(self._paces) >= _MOST_PACES:
+            self._paces.clear()
+        known = self._paces.setdefault(flight.function.key, seconds)
+        self._paces[flight.function.key] = known + _PACE_MEMORY * (seconds - known)
+
+    def next_pair(self, members: Iterable[Member], *, fill: bool) -> tuple[Flight, Member] | None:
+        """Take the next flight out of the queue with the worker to send it to; None while nobody has room.
+
+        Args:
+            members: The workers.
+            fill: Give busy workers as many tiny calls as they may have, not just enough to keep them going.
+        """
+        if not self._queue or (self._is_saturated and not fill):
+            return None
+        depth = self._depth(self._queue[0])
+        member = _roomiest(members, depth if fill else min(depth, _PRIMED))
+        if member is None:
+            self._is_saturated = True
+            return None
+        return self._queue.popleft(), member
+
+    def _depth(self, flight: Flight) -> int:
+        """Return how many calls of this function may be at a worker; what is sent cannot be cancelled any more."""
+        pace = TINY if flight.task.batch else self._paces.get(flight.function.key, TINY)
+        return 1 if pace >= TINY else min(_DEEPEST, 1 + int(_AHEAD / max(pace, 1e-6)))
+
+
+def _roomiest(members: Iterable[Member], depth: int) -> Member | None:
+    """Return an idle worker, else the least busy one with fewer flights than ``depth`` and a head that just began."""
+    best, fewest = None, depth
+    for member in members:
+        if not member.is_usable:
+            continue
+        flying = len(member.flights)
+        if not flying:
+            return member
+        if flying < fewest and not member.flights[0].task.batch and not member.has_unsent and _has_just_begun(member):
+            best, fewest = member, flying
+    return best
+
+
+def _has_just_begun(member: Member) -> bool:
+    return time.monotonic() - member.head_since < STUCK_AFTER
