@@ -16,8 +16,13 @@ if TYPE_CHECKING:
     from shpool.errors import ShpoolError, SHUserWarning
     from shpool.pool import AuthenticatedProcessPool
     from shpool.session import OAuthSession, SentinelHubSession
-    from shpool.sharing import SessionSharing, SessionSharingThread, SharedSession, collect_shared_session
-    from shpool.worker import current_session
+    from shpool.sharing import (
+        SessionSharing,
+        SessionSharingThread,
+        SharedSession,
+        collect_shared_session,
+        current_session,
+    )
 
 __version__ = "0.1.0"
 
@@ -46,7 +51,7 @@ _HOMES = {
     "SharedSession": "shpool.sharing",
     "ShpoolError": "shpool.errors",
     "collect_shared_session": "shpool.sharing",
-    "current_session": "shpool.worker",
+    "current_session": "shpool.sharing",
 }
 
 

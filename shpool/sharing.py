@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from shpool.board import CLOSED, Board, ReportBox, attach_named, named_board, sweep_abandoned
-from shpool.errors import BoardError, BoardNotFoundError, LoginError, TokenUnavailableError
+from shpool.errors import BoardError, BoardNotFoundError, LoginError, NoSessionError, TokenUnavailableError
 from shpool.refresh import Refresher
 from shpool.sources import refresh_window_of, source_of
 from shpool.tokens import SYSTEM_CLOCK, Clock, Posting, Token, boot_time
@@ -32,12 +32,15 @@ if TYPE_CHECKING:
     from shpool.retry import RetryAfterUnit
     from shpool.sources import Session
 
-    _View = tuple[Sequence[int], int, float, Token, Posting]
+    _View = tuple[Sequence[int], int, float, Token]
 
 logger = logging.getLogger(__name__)
 
+_monotonic = time.monotonic
 DEFAULT_NAME = "sh-session-token"  # as in sentinelhub-py
 LONGEST_WAIT = 30.0  # s a reader waits for a token before it gives up
+_LONGEST_TRUST = 1.0  # s between two looks at the boot clock: it costs twice what the monotonic one does, which a
+# suspended machine stops
 _FIRST_NAP, _LONGEST_NAP = 0.001, 0.05  # s between a waiting reader's looks at the board
 _REPORT_POLL = 0.2  # s between the owner's looks at the reports beside a named board
 
@@ -200,9 +203,11 @@ class SharedSession:
         report: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._reader = reader
-        # The version word, its value when the board was last read, and what was read: replaced as one, since threads
-        # look at it without a lock. A bare tuple, as unpacking a named one costs a third of the budget for a read.
-        self._view: _View = (reader.version_word, 0, 0.0, cast("Token", None), Posting(None))
+        self._posting = Posting(None)
+        # The version word, its value when the board was last read, until when the token may be handed out unseen, and
+        # the token: replaced as one, since threads look at it without a lock. A bare tuple, as unpacking a named one
+        # costs a third of the budget for a read.
+        self._view: _View = (reader.version_word, 0, 0.0, cast("Token", None))
         self._name = name
         self._report = report
         self._http: tuple[int, HTTPClient] | None = None  # with the process that made it
@@ -215,8 +220,8 @@ class SharedSession:
             TokenUnavailableError: The token has expired and no new one came within 30 s, the provider refused for
                 good, or sharing has ended.
         """
-        word, version, deadline, token, _ = self._view
-        if word[0] == version and boot_time() < deadline:
+        word, version, until, token = self._view
+        if word[0] == version and _monotonic() < until:
             return token
         return self.wait_for_token(LONGEST_WAIT)
 
@@ -275,7 +280,9 @@ class SharedSession:
             posting = Posting.from_bytes(payload) if payload else Posting(None)
             token = posting.token
             if token is not None and boot_time() < token.deadline and token.generation > newer_than:
-                self._view = (reader.version_word, version, token.deadline, token, posting)
+                self._posting = posting
+                until = _monotonic() + min(token.deadline - boot_time(), _LONGEST_TRUST)
+                self._view = (reader.version_word, version, until, token)
                 return token
             if posting.refused or time.monotonic() >= give_up:
                 raise TokenUnavailableError(_why_none(token, newer_than), posting.error)
@@ -295,7 +302,7 @@ class SharedSession:
 
     def _current_posting(self) -> Posting:
         _ = self.token
-        return self._view[4]
+        return self._posting
 
     def report_refused(self, generation: int) -> None:
         """Tell the parent that a server refused the token of this generation."""
@@ -353,6 +360,7 @@ class SharingThread(threading.Thread):
         try:
             self.refresher.run()
         finally:
+            _running.discard(self)  # a child forked from now on has nothing to read here
             self._channel.close()
 
     def stop(self) -> None:
@@ -518,8 +526,14 @@ def _report_beside(name: str, generation: int) -> None:
         box.close()
 
 
-def adopted_session() -> SharedSession | None:
-    """Return the session this process was given by its pool, None outside a worker."""
+def current_session() -> SharedSession:
+    """Return the session of the pool this worker belongs to.
+
+    Raises:
+        NoSessionError: This process is no worker.
+    """
+    if _adopted is None:
+        raise NoSessionError
     return _adopted
 
 

@@ -1,4 +1,4 @@
-"""What runs in a worker, whatever the engine: its session, one guarded call, and what may travel back."""
+"""What runs in a worker, whatever the engine: guarded calls, and what may travel back."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pickle
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from shpool.errors import NoSessionError, UnpicklableError
-from shpool.sharing import SharedSession, adopted_session
+from shpool.errors import UnpicklableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -26,18 +25,6 @@ class WorkerTraceback(Exception):  # noqa: N818 - it is a cause to read, not an 
 
     def __str__(self) -> str:
         return f'\n"""\n{self.text}"""'
-
-
-def current_session() -> SharedSession:
-    """Return the session of the pool this worker belongs to.
-
-    Raises:
-        NoSessionError: This process is no worker.
-    """
-    session = adopted_session()
-    if session is None:
-        raise NoSessionError
-    return session
 
 
 def dump(value: object) -> bytes:

@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shpool.worker import current_session
+from shpool.sharing import current_session
 
 if TYPE_CHECKING:
     from collections.abc import Callable

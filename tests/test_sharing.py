@@ -580,7 +580,7 @@ def test_readers_learn_why_there_is_no_token(
     server: LoopbackServer, session: OAuthSession, memory_name: str, child_env: dict[str, str]
 ) -> None:
     """``TokenUnavailableError`` carries the parent's last error, in other processes too."""
-    server.lifetime = 1.0
+    server.lifetime = 2.0
     with SessionSharing(session, memory_name=memory_name):
         server.answer_always(401, body={"error": "invalid_client"})
         shared = collect_shared_session(memory_name)
@@ -604,10 +604,10 @@ def test_join_does_not_wait_for_a_token_endpoint_that_hangs(
     server: LoopbackServer, session: OAuthSession, memory_name: str, timeout: float | None
 ) -> None:
     """Defect 4."""
-    server.lifetime = 0.5
     thread = SessionSharingThread(session, memory_name=memory_name)
     thread.start()
     server.hang()
+    collect_shared_session(memory_name).report_refused(1)
     eventually(lambda: any(thread.name == "shpool-login" for thread in threading.enumerate()))
     begun = time.monotonic()
     thread.join(timeout)
@@ -624,8 +624,9 @@ session = OAuthSession(sys.argv[2], "demo-client", "demo-secret-not-real")
 thread = SessionSharingThread(session, memory_name=sys.argv[1])
 thread.start()
 if sys.argv[3] == "hang":
+    shared = collect_shared_session(sys.argv[1])
     while not any(thread.name == "shpool-login" for thread in threading.enumerate()):
-        collect_shared_session(sys.argv[1])
+        shared.report_refused(shared.token.generation)
 if sys.argv[3] == "raise":
     raise RuntimeError("between start and join")
 """
@@ -643,12 +644,11 @@ def test_program_that_forgets_to_join_ends_and_leaves_nothing(
 ) -> None:
     """Defect 4: whatever happens between start and join, the program exits, also while a login hangs."""
     if end == "hang":
-        server.lifetime = 0.5
         hanging = threading.Thread(target=hang_after_one_login, args=(server,))
         hanging.start()
     begun = time.monotonic()
     told = run_python(_FORGOTTEN, child_env, memory_name, server.token_url, end, code_expected=int(end == "raise"))
-    assert time.monotonic() - begun < 5.0
+    assert time.monotonic() - begun < 20.0, "less than the 30 s after which the login itself gives up"
     assert told == "" if end != "raise" else "between start and join" in told
     assert left_in_memory(memory_name) == []
     if end == "hang":
