@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 _CANARY = "canary-secret-5583"
 
 
-def session_for(server: LoopbackServer | AuthlibServer, **options: Any) -> OAuthSession:  # noqa: ANN401 - those of OAuthSession
+def session_for(server: LoopbackServer | AuthlibServer, **options: Any) -> OAuthSession:
     options = {"client_id": server.client_id, "client_secret": server.client_secret, "retry_delay": 0.01, **options}
     return OAuthSession(server.token_url, **options)
 
@@ -624,7 +624,7 @@ def test_mapping_that_is_no_token_is_refused(cls: type[OAuthSession], token: dic
 # Sentinel Hub and the Copernicus Data Space
 
 
-def config_for(server: LoopbackServer, **fields: Any) -> SHConfig:  # noqa: ANN401 - those of SHConfig
+def config_for(server: LoopbackServer, **fields: Any) -> SHConfig:
     fields = {"sh_client_id": server.client_id, "sh_client_secret": server.client_secret, **fields}
     return SHConfig(use_defaults=True, sh_token_url=server.token_url, sh_base_url=server.base_url, **fields)
 

@@ -22,7 +22,6 @@ from shpool import (
     collect_shared_session,
     current_session,
 )
-
 from shpool.pool import PoolStats, PoolView
 from shpool.tokens import Token
 
