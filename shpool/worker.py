@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import pickle
+import sys
 import traceback
 from typing import TYPE_CHECKING, Any
 
@@ -33,16 +34,47 @@ def dump(value: object) -> bytes:
     What names ``__main__`` goes by value: a worker's ``__main__`` is another module than the parent's.
     """
     try:
-        data = pickle.dumps(value, protocol=5)
+        data, names_main = _dump_large(value) if _is_large(value) else _dump_small(value)
     except (pickle.PicklingError, AttributeError, TypeError, ImportError):
-        data = b"__main__"
-    if b"__main__" not in data:
+        names_main = True
+    if not names_main:
         return data
     import cloudpickle
 
     text: bytes = cloudpickle.dumps(value, protocol=5)
     return text
 
+
+def _is_large(value: object) -> bool:
+    """Tell whether a value, or one in a tuple, is so large that a search through its pickle would cost too much."""
+    if type(value) is tuple:
+        for item in value:
+            if _is_large(item):
+                return True
+    return sys.getsizeof(value) >= _LARGE
+
+
+def _dump_small(value: object) -> tuple[bytes, bool]:
+    data = pickle.dumps(value, protocol=5)
+    return data, b"__main__" in data
+
+
+def _dump_large(value: object) -> tuple[bytes, bool]:
+    """Pickle, and look for ``__main__`` in the frames of opcodes alone: 60 µs a megabyte of bytes instead of 900."""
+    parts = _Parts()
+    pickle.Pickler(parts, protocol=5).dump(value)
+    names_main = any(b"__main__" in part for part in parts if len(part) < _LARGE or part[:1] in _FRAME_STARTS)
+    return b"".join(parts), names_main
+
+
+class _Parts(list[bytes]):
+    """A file for a pickler, which writes frames of opcodes and, apart from them, the bytes of each large value."""
+
+    write = list.append
+
+
+_LARGE = 64 * 1024  # bytes: what C pickle takes for large, its FRAME_SIZE_TARGET
+_FRAME_STARTS = (b"\x80", b"\x95")  # the opcodes PROTO and FRAME
 
 load = pickle.loads
 

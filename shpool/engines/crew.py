@@ -204,9 +204,9 @@ class Crew:
             msg = "cannot schedule new futures after shutdown"
             raise RuntimeError(msg)
 
-    def _assign(self, *, fill: bool) -> dict[Member, bool]:
-        """Load workers that have room with queued flights; return them, and for each whether it was idle before."""
-        loaded: dict[Member, bool] = {}
+    def _assign(self, *, fill: bool) -> set[Member]:
+        """Load workers that have room with queued flights; return those that have something to send now."""
+        loaded: set[Member] = set()
         while pair := self._dispatch.next_pair(self._members.values(), fill=fill):
             flight, member = pair
             if not flight.is_running and not flight.future.set_running_or_notify_cancel():
@@ -215,9 +215,8 @@ class Crew:
             flight.is_running = True
             if not member.flights:
                 member.head_since = time.monotonic()
-            loaded.setdefault(member, not member.flights)
-            member.flights.append(flight)
-            member.put(member.message_for(flight))
+            member.load(flight)
+            loaded.add(member)
         return loaded
 
     def _ring(self) -> None:
@@ -228,16 +227,11 @@ class Crew:
 
     # What follows runs outside the lock: system calls let other threads in, and these would stop at it.
 
-    def _send(self, loaded: dict[Member, bool], *, ring: bool = False) -> None:
-        """Send what was assigned; leave to the loop what does not fit, and workers that turn out to be gone."""
-        for member, was_idle in loaded.items():
+    def _send(self, loaded: set[Member], *, ring: bool = False) -> None:
+        """Send what was assigned; what does not fit is left to the loop."""
+        for member in loaded:
             member.flush()
             ring |= member.has_unsent
-            if member.is_gone and was_idle:  # it died idle and has begun none of these; the loop will hear of it
-                with self._lock:
-                    self._dispatch.put_back(member.flights)
-                    member.flights.clear()
-                ring = True
         if ring:
             with self._lock:
                 self._ring()
@@ -273,7 +267,7 @@ class Crew:
             return
         try:
             with _launching:
-                member = Member.launch(self._board, self._pickled_setup, self._setup.env, self._blanked)
+                member = Member.launch(self._board, self._pickled_setup, self._setup.env, self._blanked, self._landing)
                 with self._lock:
                     self._members[member.fileno()] = member
         except OSError as exc:
@@ -327,7 +321,7 @@ class Crew:
             member = self._members[descriptor]
             if event & select.POLLOUT:
                 member.flush()
-            messages = member.receive(self._landing)
+            messages = member.receive()
             with self._lock:
                 answers = [(self._land(member, message), message) for message in messages]
                 self._dispatch.note_room()
@@ -438,6 +432,7 @@ class Crew:
             del self._members[member.fileno()]
             head = member.flights.popleft() if member.flights and not self._may_go_again(member) else None
             self._dispatch.put_back(member.flights)
+            member.flights.clear()
             self._false_starts += not member.is_ready
             self.tally.workers_lost += 1
         exitcode = member.reap()
@@ -457,6 +452,8 @@ class Crew:
     @staticmethod
     def _may_go_again(member: Member) -> bool:
         """Tell whether the lost worker had not begun its task; once for each, lest it is the reading that kills."""
+        if not member.has_delivered(member.flights[0]):
+            return True
         is_unread = member.died_unread and member.doom is None and len(member.flights) == 1
         if not is_unread or member.flights[0].was_unread:
             return False

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from shpool.engines.serve import RECEIVE_SIZE, Kind, LifelineHandle, MessageBuffer, encode, work
+from shpool.engines.serve import LARGE, Kind, LifelineHandle, MessageBuffer, encode, encode_parts, work
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _REAP_WITHIN = 2.0  # s between the end of a lifeline and the end of its process
 _REAP_STEP = 0.01  # s
+_SOCKET_BUFFER = 2**20  # bytes; a message of a megabyte then takes one system call
+_READS_IN_A_ROW = 8  # from one worker, while others wait
 _MOST_FUNCTIONS = 128  # a worker keeps at a time
 
 
@@ -51,6 +53,7 @@ class Flight:
     attempts: int = 0
     is_running: bool = False
     was_unread: bool = False
+    ends_at: int = 0  # of all bytes ever put for its worker
 
 
 class Doom(NamedTuple):
@@ -75,14 +78,15 @@ class Member:
         died_unread: The worker ended before it had read all that was sent: it has not begun the last flight.
     """
 
-    def __init__(self, process: Any, end: socket.socket, recall: int) -> None:  # noqa: ANN401 - loky has no types
+    def __init__(self, process: Any, end: socket.socket, recall: int, landing: memoryview) -> None:  # noqa: ANN401 - loky has no types
         self._process = process
         self._end = end
         self._recall = recall  # the descriptor that a byte is written to
-        self._incoming = MessageBuffer()
+        self._incoming = MessageBuffer(landing)
         self._outbox: collections.deque[bytes] = collections.deque()
-        self._sending = threading.Lock()  # guards _unsent: what was taken out of the outbox and did not fit
-        self._unsent = bytearray()
+        self._sending = threading.Lock()  # guards _unsent: what was taken out of the outbox and is not sent
+        self._unsent = memoryview(b"")
+        self._bytes_put = self._bytes_sent = 0  # ever
         self.pid: int = process.pid
         self.flights: collections.deque[Flight] = collections.deque()
         self.functions: set[bytes] = set()
@@ -94,8 +98,10 @@ class Member:
         self.died_unread = False
 
     @classmethod
-    def launch(cls, board: Board, setup: bytes, env: Mapping[str, str], blanked: Sequence[str]) -> Member:
-        """Start a worker process with loky.
+    def launch(
+        cls, board: Board, setup: bytes, env: Mapping[str, str], blanked: Sequence[str], landing: memoryview
+    ) -> Member:
+        """Start a worker process with loky; ``landing`` is where the crew's loop lets messages arrive.
 
         Raises:
             OSError: The system starts no more processes or opens no more descriptors.
@@ -103,6 +109,8 @@ class Member:
         from loky.backend import get_context
 
         ours, theirs = socket.socketpair()
+        for end in (ours, theirs):  # as much of it as the system allows
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
         recalled, recall = os.pipe()
         try:
             os.set_blocking(recall, False)
@@ -132,7 +140,7 @@ class Member:
         # Else multiprocessing would wait for it at the interpreter's exit, before the pool is told to end.
         getattr(multiprocessing.process, "_children", set()).discard(process)
         ours.setblocking(False)
-        return cls(process, ours, recall)
+        return cls(process, ours, recall, landing)
 
     def fileno(self) -> int:
         """Return the lifeline's descriptor, for ``poll``."""
@@ -148,56 +156,74 @@ class Member:
         """Tell whether the worker's socket was full at the last send."""
         return bool(self._unsent)
 
-    def message_for(self, flight: Flight) -> bytes:
-        """Return the messages that start a flight here, the function included where this worker lacks it."""
+    def load(self, flight: Flight) -> None:
+        """Put the messages that start a flight, the function included where this worker lacks it."""
+        self.flights.append(flight)
         packed = flight.function
-        prefix = b""
         if packed.key not in self.functions:
             if len(self.functions) >= _MOST_FUNCTIONS:  # closures made in a loop must not pile up in the worker
                 self.functions.clear()
-                prefix = encode(Kind.FORGET)
+                self.put(encode(Kind.FORGET))
             self.functions.add(packed.key)
-            prefix += encode(Kind.FUNCTION, payload=packed.pickled, key=packed.key)
-        return prefix + encode(flight.kind, flight.number, flight.payload, key=packed.key)
+            self.put(*encode_parts(Kind.FUNCTION, 0, packed.pickled, key=packed.key))
+        self.put(*encode_parts(flight.kind, flight.number, flight.payload, key=packed.key))
+        flight.ends_at = self._bytes_put
 
-    def put(self, data: bytes) -> None:
-        """Hold a message ready for ``flush``; messages go in the order of these calls."""
-        self._outbox.append(data)
+    def put(self, *data: bytes) -> None:
+        """Hold messages, or parts of one, ready for ``flush``; they go in the order of these calls."""
+        self._outbox.extend(data)
+        self._bytes_put += sum(map(len, data))
+
+    def has_delivered(self, flight: Flight) -> bool:
+        """Tell whether all of a flight's message was sent; else the worker cannot have begun it."""
+        return flight.ends_at <= self._bytes_sent
 
     def flush(self) -> None:
         """Send as much as fits, from any thread; never blocks, so two full sockets cannot wait for each other."""
         with self._sending:
-            while self._outbox:
-                self._unsent += self._outbox.popleft()
-            if not self._unsent:
-                return
-            try:
-                sent = self._end.send(self._unsent)
-            except BlockingIOError:
-                return
-            except (OSError, ValueError):  # its end is closed, or ours
-                self.is_gone = True  # the loop is about to read the end of the stream
-                return
-            del self._unsent[:sent]
+            while self._unsent or self._outbox:
+                try:
+                    if not self._unsent:
+                        self._unsent = memoryview(self._next_piece())
+                    sent = self._end.send(self._unsent)
+                except BlockingIOError:
+                    return
+                except (OSError, ValueError):  # its end is closed, or ours
+                    self.is_gone = True  # the loop is about to read the end of the stream
+                    return
+                self._unsent = self._unsent[sent:]
+                self._bytes_sent += sent
 
-    def receive(self, landing: memoryview) -> list[Message]:
-        """Return the messages that have arrived, through the caller's buffer; sets ``is_gone`` at the stream's end."""
+    def _next_piece(self) -> bytes:
+        """Return as many messages as one system call should send, without copying a large one."""
+        first = self._outbox.popleft()
+        if not self._outbox or len(first) >= LARGE:
+            return first
+        pieces, size = [first], len(first)
+        while self._outbox and size + len(self._outbox[0]) < LARGE:
+            pieces.append(self._outbox.popleft())
+            size += len(pieces[-1])
+        return b"".join(pieces)
+
+    def receive(self) -> list[Message]:
+        """Return the messages that have arrived; sets ``is_gone`` at the stream's end."""
         messages: list[Message] = []
-        while True:
+        for _ in range(_READS_IN_A_ROW):
             try:
-                size = self._end.recv_into(landing)
+                some = self._incoming.receive(self._end)
             except BlockingIOError:
-                return messages
+                break
             except ConnectionResetError:  # as the kernel tells that the other end closed with bytes unread
                 self.died_unread = True
-                size = 0
-            if not size:
+                some = None
+            if some is None:
                 self.is_gone = True
                 self.died_unread |= self.has_unsent
-                return messages
-            messages.extend(self._incoming.feed(landing[:size]))
-            if size < len(landing):
-                return messages
+                break
+            messages += some
+            if not self._incoming.is_midway:
+                break
+        return messages
 
     def recall(self) -> None:
         """Ask the worker for what it has not begun; it answers RETURNED even in the middle of a task."""
@@ -220,9 +246,9 @@ class Member:
         """Wait until the worker has closed its end, so many seconds at most; what it still says is dropped."""
         ended = select.poll()
         ended.register(self._end.fileno(), select.POLLIN)
-        give_up, dropped = time.monotonic() + seconds, memoryview(bytearray(RECEIVE_SIZE))
+        give_up = time.monotonic() + seconds
         while not self.is_gone and ended.poll(max(0.0, give_up - time.monotonic()) * 1000):
-            self.receive(dropped)
+            self.receive()
 
     def let_go(self) -> None:
         """Close this process's copy of the lifeline."""

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 HEADER = struct.Struct("=QBQ16sd")  # payload's length, kind, call number, function's digest, seconds
 NO_KEY = bytes(16)
-RECEIVE_SIZE = 256 * 1024  # bytes a read of the parent asks for
+RECEIVE_SIZE = 256 * 1024  # bytes a read asks for
+LARGE = 64 * 1024  # bytes from which a payload is spared every copy that can be spared
 
 
 class Kind(enum.IntEnum):
@@ -69,31 +70,88 @@ def encode(kind: Kind, number: int = 0, payload: bytes = b"", *, key: bytes = NO
     return HEADER.pack(len(payload), kind, number, key, seconds) + payload
 
 
-class MessageBuffer:
-    """Cut a stream of bytes into messages."""
+def encode_parts(
+    kind: Kind, number: int, payload: bytes, *, key: bytes = NO_KEY, seconds: float = 0.0
+) -> tuple[bytes, ...]:
+    """Return a message as the pieces to send one after the other; a large payload is not copied for it."""
+    if len(payload) < LARGE:
+        return (encode(kind, number, payload, key=key, seconds=seconds),)
+    return HEADER.pack(len(payload), kind, number, key, seconds), payload
 
-    def __init__(self) -> None:
-        self._bytes = bytearray()
+
+class MessageBuffer:
+    """Cut a stream of bytes into messages. A large payload is received right where it stays.
+
+    Args:
+        landing: Where small messages arrive; may be shared by buffers that are read in turn.
+    """
+
+    def __init__(self, landing: memoryview | None = None) -> None:
+        self._landing = memoryview(bytearray(RECEIVE_SIZE)) if landing is None else landing
+        self._held = bytearray()  # the beginning of a message
+        self._large: tuple[int, int, bytes, float] | None = None  # the header of a large message under way
+        self._body = memoryview(b"")  # its payload
+        self._filled = 0  # bytes of it that have arrived
+
+    @property
+    def is_midway(self) -> bool:
+        """Tell whether a large payload is under way."""
+        return self._large is not None
+
+    def receive(self, end: socket.socket, flags: int = 0) -> list[Message] | None:
+        """Read from a socket once; return the messages that are complete with it, None at the stream's end.
+
+        Raises:
+            BlockingIOError: Nothing has arrived, and the socket or the flags say not to wait.
+            ConnectionResetError: The other end closed with bytes unread.
+        """
+        if self._large is None:
+            size = end.recv_into(self._landing, 0, flags)
+            return self.feed(self._landing[:size]) if size else None
+        size = end.recv_into(self._body[self._filled :], 0, flags)
+        self._filled += size
+        return self._finish_large() if size else None
 
     def feed(self, data: bytes | memoryview) -> list[Message]:
         """Take more bytes, copying what it keeps; return the messages that are complete with them."""
-        held, messages, start = self._bytes, [], 0
-        if held:
-            held += data
-        with memoryview(held or data) as source:
-            while len(source) - start >= HEADER.size:
-                length, kind, number, key, seconds = HEADER.unpack_from(source, start)
-                end = start + HEADER.size + length
-                if len(source) < end:
-                    break
-                messages.append(Message(kind, number, key, seconds, bytes(source[start + HEADER.size : end])))
-                start = end
-            rest = None if held else bytes(source[start:])
-        if rest is None:
-            del held[:start]
-        else:
-            held += rest
+        messages: list[Message] = []
+        data = memoryview(data)
+        if self._large is not None:
+            taken = data[: len(self._body) - self._filled]
+            self._body[self._filled : self._filled + len(taken)] = taken
+            self._filled += len(taken)
+            messages, data = self._finish_large(), data[len(taken) :]
+        if self._held:
+            self._held += data
+            data = memoryview(bytes(self._held))
+            self._held.clear()
+        rest = self._cut(data, messages)
+        self._held += rest
         return messages
+
+    def _cut(self, data: memoryview, messages: list[Message]) -> memoryview:
+        """Append the complete messages of ``data``; return the beginning of the one after them."""
+        start = 0
+        while len(data) - start >= HEADER.size:
+            length, kind, number, key, seconds = HEADER.unpack_from(data, start)
+            begin, end = start + HEADER.size, start + HEADER.size + length
+            if len(data) < end:
+                if length < LARGE:
+                    break
+                self._large = (kind, number, key, seconds)
+                self._body, self._filled = memoryview(bytearray(length)), len(data) - begin
+                self._body[: self._filled] = data[begin:]
+                return data[len(data) :]
+            messages.append(Message(kind, number, key, seconds, bytes(data[begin:end])))
+            start = end
+        return data[start:]
+
+    def _finish_large(self) -> list[Message]:
+        if self._large is None or self._filled < len(self._body):
+            return []
+        message = Message(*self._large, self._body)
+        self._large, self._body = None, memoryview(b"")
+        return [message]
 
 
 class LifelineHandle:
@@ -123,8 +181,7 @@ class Lifeline:
         self._end = end
         self._recalled = recalled
         self._writing = threading.Lock()
-        self._reading = threading.Lock()  # guards the three below
-        self._landing = memoryview(bytearray(RECEIVE_SIZE))
+        self._reading = threading.Lock()  # guards the two below
         self._incoming = MessageBuffer()
         self._arrived: collections.deque[Message] = collections.deque()
 
@@ -141,7 +198,8 @@ class Lifeline:
     def send(self, kind: Kind, number: int = 0, payload: bytes = b"", *, seconds: float = 0.0) -> None:
         """Send a message; waits while the parent is busy reading others."""
         with self._writing:
-            self._end.sendall(encode(kind, number, payload, seconds=seconds))
+            for part in encode_parts(kind, number, payload, seconds=seconds):
+                self._end.sendall(part)
 
     def let_go(self) -> None:
         """Close a forked child's copy."""
@@ -178,11 +236,11 @@ class Lifeline:
     def _receive(self, flags: int = 0) -> bool:
         """Take in what has arrived; tell whether there may be more."""
         try:
-            size = self._end.recv_into(self._landing, 0, flags)
+            messages = self._incoming.receive(self._end, flags)
         except (BlockingIOError, ConnectionResetError):
             return False
-        self._arrived.extend(self._incoming.feed(self._landing[:size]))
-        return size > 0
+        self._arrived.extend(messages or ())
+        return messages is not None
 
 
 def work(lifeline: Lifeline, board: BoardHandle | BoardReader, setup: bytes, blanked: tuple[str, ...]) -> None:
