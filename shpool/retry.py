@@ -9,7 +9,6 @@ import math
 import random
 from dataclasses import dataclass
 from datetime import timezone
-from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Literal
 
@@ -167,6 +166,8 @@ def _number(text: str) -> float | None:
 
 
 def _seconds_until(date: str, now: float) -> float | None:
+    from email.utils import parsedate_to_datetime  # 10 ms, for few
+
     try:
         moment = parsedate_to_datetime(date)
         if moment.tzinfo is None:  # the asctime form names no zone and means UTC

@@ -870,6 +870,9 @@ FORKS = {
         gc.collect()
         sys.exit(0)
     """,
+    "the session's token": """
+        sys.exit(0 if session.token["access_token"] == token else 1)
+    """,
     "a pool of its own": """
         with AuthenticatedProcessPool(lambda: {"access_token": "invented", "expires_at": time.time() + 60}, 1) as own:
             assert own.submit(int, 5).result() == 5
@@ -880,13 +883,16 @@ FORKS = {
 
 @slow
 @pytest.mark.parametrize("what", FORKS.values(), ids=FORKS)
-def test_a_forked_child_of_the_parent_is_harmless(script: Callable[..., Script], what: str) -> None:
+def test_a_forked_child_of_the_parent_is_harmless(
+    script: Callable[..., Script], server: LoopbackServer, what: str
+) -> None:
     child = textwrap.indent(textwrap.dedent(what).strip(), "    ")
     text = f"""
 import warnings
 warnings.simplefilter("ignore", DeprecationWarning)
 pool = AuthenticatedProcessPool(session, 2)
 print(list(pool.map(int, range(3))), flush=True)
+token = pool.submit(lambda: current_session().token["access_token"]).result()
 child = os.fork()
 if child == 0:
 {child}
@@ -897,6 +903,7 @@ else:
     pool.shutdown()
 """
     assert script(text).rest() == ["[0, 1, 2]", "0", "True", "0"]
+    assert server.logins == 1
 
 
 @slow
