@@ -61,7 +61,7 @@ class TokenHolder(Protocol):
 class BearerAuth(AuthBase):
     """Authenticate ``requests`` calls with the token as it is at that moment, and apply the 401 rule.
 
-        requests.get(url, auth=current_session().auth)
+    requests.get(url, auth=current_session().auth)
     """
 
     def __init__(self, holder: TokenHolder) -> None:

@@ -12,11 +12,12 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from shpool.channels import NamedChannel, TeeChannel
 from shpool.engines.base import Engine, Task, WorkerSetup
 from shpool.errors import LoginError, TokenUnavailableError
 from shpool.lazymap import LazyMap, MapOptions
 from shpool.refresh import State
-from shpool.sharing import NamedChannel, SharingThread, TeeChannel
+from shpool.sharing import SharingThread
 from shpool.sources import source_of
 from shpool.tokens import SYSTEM_CLOCK
 

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import pytest
 
+from shpool.channels import BoardChannel
 from shpool.engines.base import BatchResult, Tally, Task
 from shpool.errors import UnpicklableError, WorkerLostError
 from shpool.lazymap import BATCH_SECONDS, LARGEST_BATCH, BatchSizer, LazyMap, MapOptions
-from shpool.sharing import BoardChannel
 from shpool.worker import call_each, load_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from shpool.sharing import TokenChannel
+    from shpool.channels import TokenChannel
 
 
 class HeldEngine:

@@ -31,6 +31,7 @@ from shpool.board import (
     named_board,
     start_time_of,
 )
+from shpool.channels import BoardChannel, NamedChannel, TeeChannel
 from shpool.errors import (
     BoardError,
     BoardInUseError,
@@ -42,7 +43,7 @@ from shpool.errors import (
     TokenTooLargeError,
     TokenUnavailableError,
 )
-from shpool.sharing import BoardChannel, NamedChannel, SharingThread, TeeChannel
+from shpool.sharing import SharingThread
 from shpool.tokens import Posting, Token, boot_time
 
 if TYPE_CHECKING:

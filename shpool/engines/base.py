@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from shpool.channels import TokenChannel
     from shpool.errors import WorkerLostError
-    from shpool.sharing import TokenChannel
 
 
 @dataclass(slots=True)  # not frozen: that costs two microseconds a task

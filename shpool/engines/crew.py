@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, cast
 
 from shpool.board import anonymous_board
+from shpool.channels import BoardChannel
 from shpool.engines.base import BatchResult, Tally, WorkerSetup
 from shpool.engines.dispatch import STUCK_AFTER, Dispatch
 from shpool.engines.member import Flight, Member, PackedFunction
@@ -33,15 +34,14 @@ from shpool.errors import (
     WorkerLostError,
 )
 from shpool.retry import Backoff, is_retryable, retry_after_of
-from shpool.sharing import BoardChannel
 from shpool.worker import dump, load, load_error, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from shpool.channels import TokenChannel
     from shpool.engines.base import Task
     from shpool.engines.serve import Message
-    from shpool.sharing import TokenChannel
 
 logger = logging.getLogger(__name__)
 

@@ -9,17 +9,18 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from shpool.board import anonymous_board
+from shpool.channels import BoardChannel
 from shpool.engines.base import BatchResult, Tally, WorkerSetup
 from shpool.errors import InitializerError
 from shpool.retry import Backoff, is_retryable, retry_after_of
-from shpool.sharing import BoardChannel, SharedSession, adopt_session
+from shpool.sharing import SharedSession, adopt_session
 from shpool.worker import call_each, load_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from shpool.channels import TokenChannel
     from shpool.engines.base import Task
-    from shpool.sharing import TokenChannel
 
 _turn = threading.RLock()  # current_session() has one answer in a process, so one task runs at a time, of whatever pool
 
