@@ -72,6 +72,7 @@ _FIELDS = struct.Struct("=QdQ")  # version, deadline, length
 _OVERHEAD = _DIGEST + _FIELDS.size
 LARGEST_PAYLOAD = _SLOT - _OVERHEAD
 
+_FOLDER = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory
 _REPORTS = ".refused"  # suffix of the segment beside a named board
 
 _READ_TRIES = 1_000  # a flipping writer spoils about one read in twenty; a thousand in a row means corruption
@@ -89,10 +90,13 @@ class BoardReader:
 
     Attributes:
         version_word: A sequence whose item 0 is the current version; cheap to look at.
+        identity: Device and inode of the segment: another one under the same name differs.
     """
 
-    def __init__(self, segment: mmap.mmap, name: str) -> None:
-        self._segment = segment
+    def __init__(self, descriptor: int, name: str) -> None:
+        found = os.fstat(descriptor)
+        self.identity = (found.st_dev, found.st_ino)
+        self._segment = segment = mmap.mmap(descriptor, SEGMENT_SIZE, prot=mmap.PROT_READ)
         self._bytes = memoryview(segment)
         self.version_word = self._bytes[:8].cast("Q")
         self.name = name
@@ -174,7 +178,7 @@ class Board:
 
     def reader(self) -> BoardReader:
         """Return a view for the owner's own process."""
-        return BoardReader(mmap.mmap(self._descriptor, SEGMENT_SIZE, prot=mmap.PROT_READ), self.name)
+        return BoardReader(self._descriptor, self.name)
 
     def handle(self) -> BoardHandle:
         """Return what a worker attaches with; it pickles only while a process is being spawned."""
@@ -265,6 +269,10 @@ class ReportBox:
             raise
         self._word = memoryview(self._segment).cast("Q")
 
+    def has_vanished(self) -> bool:
+        """Tell whether it can no longer be found under its name."""
+        return not self._is_closed and not _leads_to(self._name, self._descriptor)
+
     def report(self, generation: int) -> None:
         """Say that this generation was refused."""
         self._word[0] = max(self._word[0], generation)
@@ -310,9 +318,10 @@ def anonymous_board() -> Board:
     Raises:
         BoardError: The system has no room for shared memory.
     """
-    if not hasattr(os, "memfd_create"):
+    try:
+        descriptor = os.memfd_create("shpool-board", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except (AttributeError, OSError):  # not Linux, or a sandbox that refuses it
         return _unlinked_board()
-    descriptor = os.memfd_create("shpool-board", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         _allocate(descriptor, "anonymous")
         board = Board(descriptor)
@@ -399,16 +408,17 @@ def attach_named(name: str) -> BoardReader:
     """
     _check_name(name)
     with _opened(name) as descriptor:
-        _check_header(descriptor, name)
-        return BoardReader(mmap.mmap(descriptor, SEGMENT_SIZE, prot=mmap.PROT_READ), name)
+        if not _check_header(descriptor, name)[0]:
+            detail = "it was never completed"
+            raise BoardLayoutError(name, detail)
+        return BoardReader(descriptor, name)
 
 
 def sweep_abandoned() -> list[str]:
     """Unlink this user's named boards whose owners have ended; return their names. Linux only, else nothing."""
-    folder = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory
     swept = []
     with contextlib.suppress(OSError):
-        for entry in os.scandir(folder):
+        for entry in os.scandir(_FOLDER):
             with contextlib.suppress(OSError, BoardError):
                 found = entry.stat(follow_symlinks=False)
                 if found.st_uid != os.geteuid() or found.st_size != SEGMENT_SIZE:
@@ -434,7 +444,7 @@ def start_time_of(pid: int) -> int:
 def _attach_handed_over(duplicate: Any, name: str) -> BoardReader:  # noqa: ANN401 - multiprocessing's DupFd has no type
     descriptor = duplicate.detach()
     try:
-        return BoardReader(mmap.mmap(descriptor, SEGMENT_SIZE, prot=mmap.PROT_READ), name)
+        return BoardReader(descriptor, name)
     finally:
         os.close(descriptor)
 
@@ -492,7 +502,10 @@ def _opened(name: str) -> Iterator[int]:
 
 
 def _check_header(descriptor: int, name: str) -> tuple[int, int]:
-    """Return the owner's pid and start time; waits, bounded, for a segment that is just being created."""
+    """Return the owner's pid and start time; zeros for a segment whose creator never completed it.
+
+    Waits, bounded, for one that is just being created.
+    """
     give_up = time.monotonic() + _COMPLETE_WITHIN
     while True:
         size = os.fstat(descriptor).st_size
@@ -504,8 +517,7 @@ def _check_header(descriptor: int, name: str) -> tuple[int, int]:
             detail = f"{size} bytes that begin otherwise"
             raise BoardLayoutError(name, detail)
         if time.monotonic() >= give_up:
-            detail = "it was never completed"
-            raise BoardLayoutError(name, detail)
+            return 0, 0
         time.sleep(0.001)  # its creator is between two system calls
 
 
@@ -524,6 +536,8 @@ def _is_abandoned(descriptor: int, name: str) -> bool:
 
 
 def _is_running(pid: int, started: int) -> bool:
+    if not pid:
+        return False
     if started:
         return start_time_of(pid) == started
     try:
@@ -556,10 +570,12 @@ def _clear_abandoned(name: str) -> None:
 
 
 def _leads_to(name: str, descriptor: int) -> bool:
-    """Tell whether this very segment stands under the name."""
+    """Tell whether this very segment stands under the name. On Linux this takes no descriptor: there may be none."""
     try:
+        if _FOLDER.is_dir():
+            return os.path.samestat((_FOLDER / name).lstat(), os.fstat(descriptor))
         found = _shm_open(name, os.O_RDONLY)
-    except OSError:
+    except FileNotFoundError:
         return False
     try:
         return os.path.samestat(os.fstat(found), os.fstat(descriptor))

@@ -97,7 +97,7 @@ class NamedChannel(BoardChannel):
 
     def newest_report(self) -> int:
         """Return the newest generation reported; puts the board back first if its name has vanished."""
-        if self.board.has_vanished():
+        if self.board.has_vanished() or self._reports.has_vanished():
             self._come_back()
         newest = self._reports.newest()
         shown = 0 if self._last is None or self._last.token is None else self._last.token.generation
@@ -108,12 +108,19 @@ class NamedChannel(BoardChannel):
 
     def _come_back(self) -> None:
         try:
-            board, reports = _claim(self.board.name)
+            if self.board.has_vanished():
+                self._claim_again()
+            else:
+                reports = ReportBox(self.board.name, create=True)
+                self._reports.close()
+                self._reports = reports
         except BoardError as exc:
             if str(exc) != self._trouble:  # looked at several times a second
                 self._trouble = str(exc)
                 logger.warning("the shared session's name has vanished and cannot be taken again: %s", exc)
-            return
+
+    def _claim_again(self) -> None:
+        board, reports = _claim(self.board.name)
         self._reports.close()
         self._reports, self.board, vanished = reports, board, self.board
         if self._last is not None:

@@ -8,21 +8,27 @@ The rules:
  3. A 401 means that a server refused the token of one generation. That generation is reported, a later one waited
     for, and the request sent once more. The second answer is the caller's, whatever it is.
  4. ``~/.netrc`` never takes the token's place.
+ 5. No proxy stands between this machine and itself: it would be sent the token in the clear.
+ 6. ``HTTPClient`` hands out answers and errors from which the token was taken. Those of a plain ``requests`` call with
+    ``BearerAuth`` hold their request, and the request its header: do not pickle or print these.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
 import requests
 from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
+from requests.structures import CaseInsensitiveDict
 from urllib3.util.retry import Retry
 
 from shpool.errors import InsecureUrlError
-from shpool.origins import host_of, is_secure_url
+from shpool.origins import host_of, is_loopback_host, is_secure_url
+from shpool.retry import parse_retry_after
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +43,7 @@ ATTEMPTS = 4  # as sentinelhub-py's max_download_attempts
 TIMEOUT = (10.0, 120.0)  # s to connect, and without a byte; the latter as sentinelhub-py's download_timeout_seconds
 _LONGEST_RETRY_AFTER = 120.0  # s; a server that asks for more gets its answer to the caller instead
 _UNAUTHORIZED = 401
+_AUTHORIZATION = "authorization"
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -81,6 +88,7 @@ class BearerAuth(AuthBase):
         if not is_secure_url(url):
             raise InsecureUrlError(host_of(url))
         attempt = _Attempt(self._holder, self._holder.token, _position(request.body))
+        request.headers = _BearerHeaders(request.headers)
         request.headers["Authorization"] = attempt.header
         request.register_hook("response", attempt.take_answer)  # type: ignore[no-untyped-call]  # types-requests leaves it out
         return request
@@ -118,8 +126,8 @@ class _Attempt:
         token = self._holder.wait_for_token(NEW_TOKEN_WITHIN, newer_than=self._generation)
         _ = response.content  # read to its end, so that the connection can be used again
         response.close()
+        request.headers["Authorization"] = f"Bearer {token.access_token}"  # a redirect of the answer copies this one
         again = request.copy()
-        again.headers["Authorization"] = f"Bearer {token.access_token}"
         answer: requests.Response = response.connection.send(again, **kwargs)  # as requests' own digest auth does
         answer.history.append(response)
         answer.request = again
@@ -134,6 +142,18 @@ class _Attempt:
             return False
         body.seek(self._position)
         return True
+
+
+class _BearerHeaders(CaseInsensitiveDict[str]):
+    """Headers in which a password does not replace the token: requests looks into ~/.netrc at each redirect."""
+
+    def __setitem__(self, key: str, value: str) -> None:
+        if key.lower() != _AUTHORIZATION or key not in self or not str(value).startswith("Basic "):
+            super().__setitem__(key, value)
+
+    def copy(self) -> _BearerHeaders:
+        """Return a copy that guards the token too."""
+        return _BearerHeaders(dict(self.items()))
 
 
 class HTTPClient(requests.Session):
@@ -160,6 +180,28 @@ class HTTPClient(requests.Session):
         self.mount("http://", adapter)
         weakref.finalize(self, adapter.close)
 
+    def request(self, method: str | bytes, url: str | bytes, *args: Any, **kwargs: Any) -> requests.Response:  # noqa: ANN401 - as requests
+        """Send a request; neither the answer nor an error holds the token afterwards."""
+        try:
+            response = super().request(method, url, *args, **kwargs)
+        except requests.RequestException as exc:
+            error = _without_token(exc)
+        else:
+            for answer in (response, *response.history):
+                _strip(answer.request)
+            return response
+        raise error
+
+    def merge_environment_settings(self, url: Any, proxies: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as requests
+        """Take proxies and certificates from the environment, but no proxy for this machine."""
+        settings = super().merge_environment_settings(url, proxies, *args, **kwargs)
+        return {**settings, "proxies": {}} if is_loopback_host(host_of(str(url))) else settings
+
+    def rebuild_proxies(self, prepared_request: requests.PreparedRequest, proxies: Any) -> Any:  # noqa: ANN401 - as requests
+        """Do so at a redirect too."""
+        rebuilt = super().rebuild_proxies(prepared_request, proxies)  # type: ignore[no-untyped-call]  # types-requests leaves it out
+        return {} if is_loopback_host(host_of(prepared_request.url or "")) else rebuilt
+
     def send(self, request: requests.PreparedRequest, **kwargs: Any) -> requests.Response:  # noqa: ANN401 - as requests
         """Send a request, with a timeout in any case."""
         if kwargs.get("timeout") is None:
@@ -174,19 +216,37 @@ class HTTPClient(requests.Session):
 
 
 class _BoundedRetry(Retry):
-    """urllib3's retries, less the will to sleep for hours because a server said so."""
+    """urllib3's retries, less the will to sleep for hours because a server said so, or to fail over an odd word."""
 
-    def get_retry_after(self, response: Any) -> float | None:  # noqa: ANN401 - urllib3's response
-        seconds = super().get_retry_after(response)
-        return None if seconds is None else min(seconds, _LONGEST_RETRY_AFTER)
+    unit: RetryAfterUnit = "s"
+
+    def parse_retry_after(self, retry_after: str) -> float:
+        """Return the seconds to wait; 0 leaves it to the backoff."""
+        seconds = parse_retry_after(retry_after, now=time.time(), unit=self.unit)
+        return min(seconds or 0.0, _LONGEST_RETRY_AFTER)
 
 
 class _MillisecondRetry(_BoundedRetry):
     """For providers whose ``Retry-After`` counts milliseconds."""
 
-    def parse_retry_after(self, retry_after: str) -> float:
-        seconds: float = super().parse_retry_after(retry_after)
-        return seconds / 1000 if retry_after.strip().isdigit() else seconds
+    unit = "ms"
+
+
+def _strip(request: Any) -> None:  # noqa: ANN401 - a request, prepared or not
+    """Take the token out of a request that was sent, and the hooks, which hold it for the next one."""
+    request.headers.pop(_AUTHORIZATION, None)
+    request.hooks = {"response": []}
+
+
+def _without_token(error: requests.RequestException) -> requests.RequestException:
+    """Take the token out of an error: out of its request, and with the frames of the libraries below, which hold it."""
+    for request in (error.request, getattr(error.response, "request", None)):
+        if request is not None:
+            _strip(request)
+    text = str(error)
+    error.args = (text,)  # instead of urllib3's error, which holds frames of its own
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def _lacks_scope(response: requests.Response) -> bool:

@@ -51,7 +51,7 @@ class PoolStats:
         logins: Tokens shared so far, the first included.
         refreshes: Of these, the ones after the first.
         login_failures: Logins that failed.
-        last_error: Text of the last login error, None once a login worked again.
+        last_error: Class and text of the last login error, None once a login worked again.
         token_state: ``fresh``, ``stale``, ``expired`` or ``refused``.
         generation: Number of the token in use, 0 before the first.
         token_remaining: Seconds it has left, None before the first.
@@ -264,7 +264,7 @@ class AuthenticatedProcessPool(_Submitting):
             logins=logins,
             refreshes=max(logins - 1, 0),
             login_failures=refresher.failures if refresher is not None else 0,
-            last_error=str(history.error) if history is not None and history.error is not None else None,
+            last_error=None if history is None or history.error is None else _described(history.error),
             token_state=refresher.state().value if refresher is not None else State.EXPIRED.value,
             generation=token.generation if token is not None else 0,
             token_remaining=token.remaining(SYSTEM_CLOCK.now()) if token is not None else None,
@@ -339,7 +339,8 @@ class AuthenticatedProcessPool(_Submitting):
             return Inline(self._setup)
         from shpool.engines.crew import Crew
 
-        return Crew(self._workers, self._setup, blanked=_secret_variables(self._session))
+        session = self._session
+        return Crew(self._workers, self._setup, blanked=lambda: _secret_variables(session))
 
     def _close(self, *, cancel: bool, kill: bool, wait: bool) -> None:
         if self._engine is not None and os.getpid() != self._owner:
@@ -378,6 +379,10 @@ class PoolView(_Submitting):
         return f"<PoolView retries={self._retries} timeout={self._timeout} of {self._pool!r}>"
 
 
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 def _checked_workers(max_workers: int | None) -> int:
     if max_workers is None:
         from loky import cpu_count
@@ -405,7 +410,7 @@ def _checked_policy(retries: int, timeout: float | None) -> tuple[int, float | N
 def _secret_variables(session: object) -> tuple[str, ...]:
     """Return the environment variables no worker may inherit."""
     is_secret = getattr(session, "is_secret", lambda _: False)
-    return tuple(name for name, value in os.environ.items() if name in _SECRET_VARIABLES or is_secret(value))
+    return (*_SECRET_VARIABLES, *(name for name, value in os.environ.items() if is_secret(value)))
 
 
 def _end_all() -> None:

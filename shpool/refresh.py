@@ -8,11 +8,14 @@ The rules:
     rest of the window is time to try again.
  3. Two logins are at least the floor apart: 5 s, or a tenth of the lifetime where that is less.
  4. A failed login is tried again with full-jitter backoff, no sooner than the endpoint's Retry-After, without end.
+    Once the token has ended, or a server has refused it, readers wait for the next one: then no pause of our own is
+    longer than 5 s, which leaves several attempts within their patience of 30 s.
  5. The token in hand is served until it has really ended, whatever fails meanwhile. A login that brings an expired
     token has failed in this sense.
- 6. Only a refusal for good (invalid_client, unauthorized_client, invalid_scope) ends the attempts.
+ 6. Only a refusal for good (invalid_client, unauthorized_client, invalid_scope, unsupported_grant_type) ends the
+    attempts.
  7. A login that brings no later end is no progress: the next one waits as after a failure, and no longer than
-    until shortly after the token's end, when the provider has to mint another.
+    until shortly after the token's end, when the provider has to mint another. A report still calls for one sooner.
  8. A report that the current generation was refused calls for a login now. Forced logins are at least 5 s apart.
     Reports of older generations call for nothing: the reporter will see the newer token.
  9. Time left is the lesser of what wall clock and boot clock say; no single nap is longer than 30 s. So a stepped
@@ -50,6 +53,7 @@ FLOOR_SHARE = 0.1  # of the lifetime, where that is less
 FORCED_GAP = 5.0  # s between two logins that workers asked for
 LONGEST_NAP = 30.0  # s until the clocks are looked at again
 LONGEST_RETRY_AFTER = 3600.0  # s; an endpoint that asks for more is asked again after an hour
+LONGEST_PAUSE_WITHOUT = 5.0  # s between attempts while readers wait for a token
 SHORTEST_PAUSE = 0.05  # s after a failure: full jitter may draw nothing at all
 _LONGEST_ERROR = 1000  # characters of an error that readers are told; a server's words may be of any length
 _AFTER_END = 0.05  # s past the end, when a provider that repeats tokens must mint another
@@ -147,11 +151,11 @@ def after_login(
     fresh = replace(history, token=token, error=None, forced_at=forced_at)
     if left <= 0 or _is_no_progress(history.token, token):
         pause = max(floor, backoff_for(token.lifetime).delay(history.failures, rng))
-        if left > 0:
-            pause = max(floor, min(pause, left + _AFTER_END))
+        moment = now.boot + max(floor, min(pause, left + _AFTER_END) if left > 0 else min(pause, LONGEST_PAUSE_WITHOUT))
         if left <= 0:
             fresh = replace(fresh, token=_longer_lived(token, history.token), error=expired_on_arrival())
-        return replace(fresh, due=now.boot + pause, not_before=now.boot + pause, failures=history.failures + 1)
+        not_before = now.boot if left > 0 else moment
+        return replace(fresh, due=moment, not_before=not_before, failures=history.failures + 1)
     window = refresh_window(token.lifetime, refresh_before_expiry)
     due = now.boot + left - window * rng.uniform(*REFRESH_POINT)
     # A report may come before the floor has passed, and is spaced by rule 8 instead.
@@ -160,8 +164,10 @@ def after_login(
 
 def after_failure(history: History, error: LoginError, now: Instant, *, rng: random.Random) -> History:
     """Return the history once a login has failed (rules 4 to 6)."""
-    lifetime = 0.0 if history.token is None else history.token.lifetime
+    token = history.token
+    lifetime, left = (0.0, 0.0) if token is None else (token.lifetime, token.remaining(now))
     pause = backoff_for(lifetime).delay(history.failures, rng)
+    pause = min(pause, LONGEST_PAUSE_WITHOUT if history.is_reported else max(LONGEST_PAUSE_WITHOUT, left))
     pause = max(pause, min(error.retry_after or 0.0, LONGEST_RETRY_AFTER), SHORTEST_PAUSE)
     forced_at = now.boot if history.is_reported else history.forced_at
     moment = now.boot + pause

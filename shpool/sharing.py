@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from shpool.board import CLOSED, ReportBox, attach_named
 from shpool.channels import NamedChannel
-from shpool.errors import BoardError, BoardNotFoundError, LoginError, NoSessionError, TokenUnavailableError
+from shpool.errors import BoardError, LoginError, NoSessionError, TokenUnavailableError
 from shpool.refresh import Refresher
 from shpool.sources import refresh_window_of, source_of
 from shpool.tokens import SYSTEM_CLOCK, Clock, Posting, Token, boot_time
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _monotonic = time.monotonic
 DEFAULT_NAME = "sh-session-token"  # as in sentinelhub-py
 LONGEST_WAIT = 30.0  # s a reader waits for a token before it gives up
+ATTEMPT_WITHIN = 20.0  # s for one login, whatever it does: short against LONGEST_WAIT, long against its own timeouts
 _LONGEST_TRUST = 1.0  # s between two looks at the boot clock: it costs twice what the monotonic one does, which a
 # suspended machine stops
 _FIRST_NAP, _LONGEST_NAP = 0.001, 0.05  # s between a waiting reader's looks at the board
@@ -58,6 +59,7 @@ class SharedSession:
         report: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._reader = reader
+        self._identity: object = getattr(reader, "identity", None)
         self._posting = Posting(None)
         # The version word, its value when the board was last read, until when the token may be handed out unseen, and
         # the token: replaced as one, since threads look at it without a lock. A bare tuple, as unpacking a named one
@@ -130,8 +132,10 @@ class SharedSession:
             reader = self._reader
             version, payload = reader.read()
             if version == CLOSED:
-                self._find_successor()
-                continue
+                if self._found_successor():
+                    continue
+                reason = "sharing has ended"
+                raise TokenUnavailableError(reason)
             posting = Posting.from_bytes(payload) if payload else Posting(None)
             token = posting.token
             if token is not None and boot_time() < token.deadline and token.generation > newer_than:
@@ -143,17 +147,17 @@ class SharedSession:
                 raise TokenUnavailableError(_why_none(token, newer_than), posting.error)
             time.sleep(nap)
             nap = min(nap * 2, _LONGEST_NAP)
+            self._found_successor()
 
-    def _find_successor(self) -> None:
-        """Attach to the segment that stands under the name now, where somebody had taken the former one away."""
+    def _found_successor(self) -> bool:
+        """Attach to another segment if one stands under the name now: the owner put it back, or has an heir."""
         if self._name is not None:
             with contextlib.suppress(BoardError):
-                reader = attach_named(self._name)
-                if reader.version_word[0] != CLOSED:
-                    self._reader = reader
-                    return
-        reason = "sharing has ended"
-        raise TokenUnavailableError(reason)
+                found = attach_named(self._name)
+                if found.version_word[0] != CLOSED and found.identity != self._identity:
+                    self._reader, self._identity = found, found.identity
+                    return True
+        return False
 
     def _current_posting(self) -> Posting:
         _ = self.token
@@ -187,6 +191,7 @@ class SharingThread(threading.Thread):
         self._allowed_hosts = tuple(getattr(session, "allowed_hosts", ()))
         self._retry_after_unit: RetryAfterUnit = getattr(session, "retry_after_unit", "s")
         self._channel = channel
+        self._owner = os.getpid()
         self._woken = threading.Event()
         self._is_stopping = False
         self.refresher = Refresher(
@@ -194,7 +199,7 @@ class SharingThread(threading.Thread):
             self._publish,
             clock=clock,
             wait=self._nap,
-            wake=self._woken.set,
+            wake=lambda: self._woken.set(),  # noqa: PLW0108 - a forked child gets another event
             refresh_before_expiry=refresh_window_of(session),
         )
 
@@ -219,9 +224,10 @@ class SharingThread(threading.Thread):
             self._channel.close()
 
     def stop(self) -> None:
-        """Ask the thread to end; ``join()`` does too."""
+        """Ask the thread to end; ``join()`` does too. In a forked child there is nothing to end."""
         self._is_stopping = True
-        self.refresher.stop()
+        if os.getpid() == self._owner:
+            self.refresher.stop()
 
     def end(self) -> None:
         """Stop and wait for the end, started or not; nothing stays shared."""
@@ -238,11 +244,13 @@ class SharingThread(threading.Thread):
                 thread never waits for the network.
         """
         self.stop()
-        super().join(timeout)
+        if os.getpid() == self._owner:
+            super().join(timeout)
 
     def become_reader(self) -> None:
         """In a forked child, where no thread of the parent's runs: let the session read what the parent posts."""
         _running.discard(self)
+        self._woken = threading.Event()  # whose lock a thread may have held at the fork
         follow = getattr(self._session, "follow", None)
         if follow is not None:
             shared = SharedSession(self._channel.reader())
@@ -279,11 +287,13 @@ class SharingThread(threading.Thread):
             threading.Thread(target=attempt, name="shpool-login", daemon=True).start()
         except RuntimeError:  # the interpreter is ending and starts no threads any more
             attempt()
-        while not outcome and not self._is_stopping:
-            self._woken.wait()
+        give_up = time.monotonic() + ATTEMPT_WITHIN
+        while not outcome and not self._is_stopping and (left := give_up - time.monotonic()) > 0:
+            self._woken.wait(left)
             self._woken.clear()
         if not outcome:
-            raise LoginError("session", "sharing ended while a login was under way")  # noqa: EM101 - seen by nobody
+            reason = f"a login took longer than {ATTEMPT_WITHIN:.0f} s and was given up"
+            raise LoginError(type(self._session).__name__, reason)
         if isinstance(outcome[0], BaseException):
             raise outcome[0]
         return outcome[0]
@@ -375,7 +385,7 @@ def collect_shared_session(memory_name: str | None = None) -> SharedSession:
 
 
 def _report_beside(name: str, generation: int) -> None:
-    with contextlib.suppress(BoardNotFoundError):  # sharing has just ended; the next read will say so
+    with contextlib.suppress(BoardError):  # sharing has just ended, or the box is lost; the next read will tell
         box = ReportBox(name, create=False)
         box.report(generation)
         box.close()

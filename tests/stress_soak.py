@@ -40,7 +40,7 @@ def ask(job: tuple[str, float]) -> tuple[int, int]:
 
 
 def session_of(server: LoopbackServer) -> OAuthSession:
-    return OAuthSession(server.token_url, server.client_id, server.client_secret, timeout=(2.0, 2.0))
+    return OAuthSession(server.token_url, server.client_id, server.client_secret)
 
 
 def soak(seconds: float, *, lifetime: float = 2.0, workers: int = 8) -> Tally:

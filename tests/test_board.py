@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -10,6 +11,7 @@ import mmap
 import operator
 import os
 import pwd
+import resource
 import signal
 import struct
 import subprocess
@@ -691,17 +693,49 @@ def test_segment_that_is_no_board_is_refused_and_kept(memory_name: str, content:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "function"), [(0, attach_named), (SEGMENT_SIZE, named_board)])
-def test_segment_that_is_never_completed_is_refused(
-    memory_name: str, size: int, function: Callable[[str], object]
+@pytest.mark.parametrize("size", [0, SEGMENT_SIZE])
+def test_segment_that_is_never_completed_is_refused_by_readers_and_taken_over_by_an_owner(
+    memory_name: str, size: int
 ) -> None:
-    """Its creator may be between two system calls, but not for ever."""
+    """Its creator may be between two system calls, but not for ever; one that died there must not block the name."""
     path = _SHM / memory_name
     path.touch(mode=0o600)
     os.truncate(path, size)
     with within(2.0), pytest.raises(BoardLayoutError, match="never completed"):
-        function(memory_name)
-    path.unlink()
+        attach_named(memory_name)
+    with within(2.0), pytest.warns(SHUserWarning, match="took over"):
+        board = named_board(memory_name)
+    board.close()
+
+
+def test_a_kernel_that_refuses_memfd_gets_an_unlinked_board(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSYS, "not implemented")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    board = anonymous_board()
+    board.post(b"invented", 1.0)
+    assert board.reader().read() == (1, b"invented")
+    board.close()
+
+
+def test_a_named_board_is_taken_away_even_without_a_free_descriptor(memory_name: str) -> None:
+    board = named_board(memory_name)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
+    held: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 1, hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.dup(0))
+        assert not board.has_vanished()
+        board.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in held:
+            os.close(descriptor)
+    assert not (_SHM / memory_name).exists()
 
 
 @pytest.mark.parametrize("kind", ["symlink", "dangling symlink", "directory"])

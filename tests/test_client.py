@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import pickle
 import threading
+import traceback
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -86,6 +88,12 @@ class Echo:
             finally:
                 server.shutdown()
                 thread.join()
+
+
+def login_at(server: LoopbackServer) -> str:
+    """Return a token of the server."""
+    form = {"grant_type": "client_credentials", "client_id": server.client_id, "client_secret": server.client_secret}
+    return str(requests.post(server.token_url, data=form, timeout=5).json()["access_token"])
 
 
 def test_a_request_carries_the_token_of_the_moment() -> None:
@@ -188,13 +196,61 @@ def test_a_redirect_within_the_origin_keeps_the_token_whatever_netrc_says(own_ho
     assert {bearer for _, bearer, _ in echo.seen} == {"Bearer invented-a"}
 
 
+def test_plain_requests_keep_the_token_on_a_redirect_whatever_netrc_says(own_home: Path) -> None:
+    netrc = own_home / ".netrc"
+    netrc.write_text("machine 127.0.0.1 login someone password not-a-real-password\n")
+    netrc.chmod(0o600)
+    echo, holder = Echo("invented-a"), Holder("invented-a")
+    echo.redirect_to = "/target"
+    with echo.running() as url:
+        assert requests.get(f"{url}/redirect", auth=BearerAuth(holder), timeout=5).status_code == 200
+    assert {bearer for _, bearer, _ in echo.seen} == {"Bearer invented-a"}
+
+
+def test_a_proxy_never_stands_between_this_machine_and_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy, echo, holder = Echo(), Echo("invented-a"), Holder("invented-a")
+    with proxy.running() as proxy_url, echo.running() as url, HTTPClient(holder) as http:
+        monkeypatch.setenv("http_proxy", proxy_url)
+        assert http.get(url).status_code == 200
+    assert proxy.seen == []
+
+
+def test_a_redirect_after_a_refusal_carries_the_new_token() -> None:
+    echo, holder = Echo("invented-b"), Holder("invented-a", "invented-b")
+    with echo.running() as url, HTTPClient(holder) as http:
+        echo.redirect_to = ""
+        answer = http.get(f"{url}/first", hooks={"response": lambda *_, **__: setattr(echo, "redirect_to", "/target")})
+        assert answer.status_code == 200
+        assert http.get(f"{url}/redirect").status_code == 200
+    assert echo.seen[-1][:2] == ("/target", "Bearer invented-b")
+
+
+def test_answers_and_errors_hold_no_token(server: LoopbackServer) -> None:
+    """A task may return an answer or fail with an error; both are pickled on the way to the parent."""
+    holder, echo = Holder("invented-canary"), Echo("invented-canary")
+    with echo.running() as url, HTTPClient(holder) as http:
+        assert b"invented-canary" not in pickle.dumps(http.get(url))
+    server.refuse_connections(at="data")
+    with HTTPClient(holder) as http:
+        http.get_adapter("http://").max_retries = 0  # type: ignore[attr-defined]  # an HTTPAdapter
+        with pytest.raises(requests.ConnectionError, match="refused") as caught:
+            http.get(server.data_url(1))
+    assert b"invented-canary" not in pickle.dumps(caught.value)
+    frames = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
+    assert "invented-canary" not in "".join(frames.format())
+
+
+@pytest.mark.parametrize("odd", ["soon", "0.5", "-1", ""])
+def test_an_odd_retry_after_fails_no_request(server: LoopbackServer, odd: str) -> None:
+    server.fail_next(1, 503, retry_after=odd, at="data")
+    with HTTPClient(Holder(login_at(server))) as http:
+        http.get_adapter("http://").max_retries.backoff_factor = 0.01  # type: ignore[attr-defined]  # an HTTPAdapter
+        http.get_adapter("http://").max_retries.backoff_jitter = 0.0  # type: ignore[attr-defined]  # an HTTPAdapter
+        assert http.get(server.data_url(1)).status_code == 200
+
+
 def test_passing_trouble_is_tried_again(server: LoopbackServer) -> None:
-    answer = requests.post(
-        server.token_url,
-        data={"grant_type": "client_credentials", "client_id": server.client_id, "client_secret": server.client_secret},
-        timeout=5,
-    )
-    holder = Holder(answer.json()["access_token"])
+    holder = Holder(login_at(server))
     server.fail_next(2, 503, retry_after=0, at="data")
     with HTTPClient(holder) as http:
         assert http.get(server.data_url(3, 100)).content == tile_bytes(3, 100)

@@ -314,10 +314,42 @@ def test_a_worker_killed_while_idle_costs_no_task() -> None:
 def test_tasks_sent_to_workers_that_are_just_dying_run_elsewhere() -> None:
     """No time passes between the signal and the task."""
     with running(2) as crew:
-        for _ in range(10):
+        for _ in range(4):
             os.kill(ready(crew)[0], signal.SIGKILL)
             futures = [submit(crew, add, 1, 2) for _ in range(2)]
             assert [future.result(PATIENCE) for future in futures] == [3, 3]
+
+
+def test_a_worker_that_dies_while_it_is_sent_a_task_costs_nothing() -> None:
+    blob = bytes(20_000_000)
+    with running(1) as crew:
+        (victim,) = ready(crew)
+        os.kill(victim, signal.SIGSTOP)  # so that it reads nothing
+        future = submit(crew, len, blob)
+        os.kill(victim, signal.SIGKILL)
+        assert future.result(PATIENCE) == len(blob)
+        assert (crew.tally.workers_lost, crew.tally.failed) == (1, 0)
+
+
+def test_a_task_whose_sending_kills_every_worker_fails_in_the_end() -> None:
+    """The reading itself may be what kills; it must not be tried for ever."""
+    with running(1) as crew:
+        (victim,) = ready(crew)
+        os.kill(victim, signal.SIGSTOP)
+        future = submit(crew, len, bytes(200_000_000))
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: [member.pid for member in list(crew._members.values()) if member.flights] not in ([], [victim]))
+        os.kill(crew.pids[0], signal.SIGKILL)
+        with pytest.raises(WorkerLostError):
+            future.result(PATIENCE)
+
+
+def test_a_timeout_counts_while_the_task_is_still_being_sent() -> None:
+    with running(1) as crew:
+        os.kill(ready(crew)[0], signal.SIGSTOP)
+        with pytest.raises(TaskTimeoutError):
+            submit(crew, len, bytes(20_000_000), timeout=0.3).result(PATIENCE)
+        assert result(crew, add, 1, 2) == 3
 
 
 def test_a_forked_grandchild_does_not_hide_its_workers_death(tmp_path: Path) -> None:
@@ -583,7 +615,7 @@ def test_other_children_of_the_parent_inherit_nothing(crew: Crew) -> None:
 
 def test_the_environment_of_workers_is_set_and_blanked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_FOR_TESTS", "invented-secret-to-blank")
-    with running(1, WorkerSetup(env={"OMP_NUM_THREADS": "3"}), blanked=["SECRET_FOR_TESTS"]) as crew:
+    with running(1, WorkerSetup(env={"OMP_NUM_THREADS": "3"}), blanked=lambda: ["SECRET_FOR_TESTS"]) as crew:
         assert result(crew, environment, "OMP_NUM_THREADS")[0] == "3"
         seen, kernels = result(crew, environment, "SECRET_FOR_TESTS")
         assert seen is None
@@ -620,10 +652,10 @@ def test_what_waits_behind_a_long_call_goes_to_an_idle_worker() -> None:
         for future in [crew.submit(Task(fn, (0,))) for _ in range(2000)]:
             future.result(10)
         began = time.monotonic()
-        futures = [crew.submit(Task(fn, (1.0 if index == 100 else 0,))) for index in range(2000)]
+        futures = [crew.submit(Task(fn, (3.0 if index == 100 else 0,))) for index in range(2000)]
         done = [future.result(10) for index, future in enumerate(futures) if index != 100]
         assert len(done) == 1999
-        assert time.monotonic() - began < 0.9
+        assert time.monotonic() - began < 2.5
         assert futures[100].result(10) is None
 
 

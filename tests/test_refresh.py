@@ -142,6 +142,19 @@ def test_retry_after_is_the_least_wait(asked: float, waited: float) -> None:
     assert seconds_until_login(history, later(59.0)) < waited + 6.1
 
 
+@given(failures=st.integers(0, 200), seed=st.integers(0, 2**32), lifetime=st.sampled_from([600.0, _HOUR]))
+def test_while_readers_wait_attempts_are_close_together(failures: int, seed: int, lifetime: float) -> None:
+    """Readers wait 30 s: once the token has ended, or was refused, a provider that is back must be asked before."""
+    token = make_token(lifetime)
+    ended = History(token=token, failures=failures)
+    pause = failed(ended, now=later(lifetime + 1), seed=seed).not_before - later(lifetime + 1).boot
+    assert pause <= 5.0
+    refused = History(token=token, failures=failures, refused_generation=1)
+    assert failed(refused, now=later(1), seed=seed).not_before - later(1).boot <= 5.0
+    nearly = failed(ended, now=later(lifetime - 20), seed=seed).not_before - later(lifetime - 20).boot
+    assert nearly <= 20.0, "the next attempt comes before the end"
+
+
 def test_a_failure_leaves_the_token_and_tells_its_error() -> None:
     """Rule 5."""
     history = logged_in(make_token())

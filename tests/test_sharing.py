@@ -331,6 +331,55 @@ def test_vanished_name_comes_back(session: OAuthSession, memory_name: str, caplo
     assert caplog.records == []
 
 
+def test_a_lost_report_box_comes_back(session: OAuthSession, server: LoopbackServer, memory_name: str) -> None:
+    with SessionSharing(session, memory_name=memory_name):
+        shared = collect_shared_session(memory_name)
+        assert shared.token.generation == 1
+        (_SHM / f"{memory_name}.refused").unlink()
+        eventually(lambda: len(left_in_memory(memory_name)) == 2)
+        shared.report_refused(1)
+        assert shared.wait_for_token(_PATIENCE, newer_than=1).generation == 2
+    assert server.logins == 2
+
+
+@contextlib.contextmanager
+def heir_until_the_end(sharing: SessionSharing) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        sharing.__exit__(None, None, None)
+
+
+_SHARE_AND_DIE = """
+import os, sys, time
+from shpool.tokens import Posting, Token, boot_time
+from shpool.channels import NamedChannel
+channel = NamedChannel(sys.argv[1])
+channel.publish(Posting(Token("invented-first", time.time() + 0.5, boot_time() + 0.5, 0.5, generation=1)))
+print("shared", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_a_reader_follows_the_heir_of_an_owner_that_was_killed(
+    session: OAuthSession, memory_name: str, child_env: dict[str, str]
+) -> None:
+    command = [sys.executable, "-c", _SHARE_AND_DIE, memory_name]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=child_env, stdin=pipe, stdout=pipe, text=True) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "shared\n"
+        reader = collect_shared_session(memory_name)
+        owner.kill()
+    heir = SessionSharing(session, memory_name=memory_name)
+    with pytest.warns(SHUserWarning, match="took over"):
+        heir.__enter__()
+    with heir_until_the_end(heir):
+        eventually(lambda: reader.token.access_token != "invented-first")
+        assert reader.token.access_token == session.token["access_token"]
+
+
 def test_vanished_name_that_another_took_is_left_to_him(
     session: OAuthSession, memory_name: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -57,14 +57,16 @@ class Crew:
     Args:
         workers: Number of worker processes.
         setup: How each of them begins.
-        blanked: Environment variables they must not inherit.
+        blanked: Returns the environment variables they must not inherit; asked at each launch.
     """
 
-    def __init__(self, workers: int, setup: WorkerSetup | None = None, *, blanked: Sequence[str] = ()) -> None:
+    def __init__(
+        self, workers: int, setup: WorkerSetup | None = None, *, blanked: Callable[[], Sequence[str]] = tuple
+    ) -> None:
         self.workers = workers
         self._setup = setup or WorkerSetup()
         self._pickled_setup = dump_setup(self._setup)
-        self._blanked = tuple(blanked)
+        self._blanked = blanked
         self.on_refused: Callable[[int], None] = lambda _: None
         self.on_end: Callable[[], None] = lambda: None
         self._board = anonymous_board()
@@ -267,7 +269,9 @@ class Crew:
             return
         try:
             with _launching:
-                member = Member.launch(self._board, self._pickled_setup, self._setup.env, self._blanked, self._landing)
+                member = Member.launch(
+                    self._board, self._pickled_setup, self._setup.env, self._blanked(), self._landing
+                )
                 with self._lock:
                     self._members[member.fileno()] = member
         except OSError as exc:
@@ -452,12 +456,12 @@ class Crew:
     @staticmethod
     def _may_go_again(member: Member) -> bool:
         """Tell whether the lost worker had not begun its task; once for each, lest it is the reading that kills."""
-        if not member.has_delivered(member.flights[0]):
-            return True
-        is_unread = member.died_unread and member.doom is None and len(member.flights) == 1
-        if not is_unread or member.flights[0].was_unread:
+        head = member.flights[0]
+        is_unread = not member.has_delivered(head) or (member.died_unread and len(member.flights) == 1)
+        is_doomed = member.doom is not None and member.doom.flight is head
+        if not is_unread or is_doomed or head.was_unread:
             return False
-        member.flights[0].was_unread = True
+        head.was_unread = True
         return True
 
     def _take_loss(self, flight: Flight, error: TaskError) -> None:

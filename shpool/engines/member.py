@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import multiprocessing.process
 import os
 import select
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _REAP_WITHIN = 2.0  # s between the end of a lifeline and the end of its process
 _REAP_STEP = 0.01  # s
+_ENDED = frozenset({errno.EPIPE, errno.ECONNRESET, errno.EBADF})
 _SOCKET_BUFFER = 2**20  # bytes; a message of a megabyte then takes one system call
 _READS_IN_A_ROW = 8  # from one worker, while others wait
 _MOST_FUNCTIONS = 128  # a worker keeps at a time
@@ -154,7 +156,7 @@ class Member:
     @property
     def has_unsent(self) -> bool:
         """Tell whether the worker's socket was full at the last send."""
-        return bool(self._unsent)
+        return bool(self._unsent or self._outbox)
 
     def load(self, flight: Flight) -> None:
         """Put the messages that start a flight, the function included where this worker lacks it."""
@@ -186,10 +188,9 @@ class Member:
                     if not self._unsent:
                         self._unsent = memoryview(self._next_piece())
                     sent = self._end.send(self._unsent)
-                except BlockingIOError:
-                    return
-                except (OSError, ValueError):  # its end is closed, or ours
-                    self.is_gone = True  # the loop is about to read the end of the stream
+                except OSError as exc:
+                    # Gone: the loop is about to read the end of the stream. Else: full, and the loop goes on later.
+                    self.is_gone = exc.errno in _ENDED
                     return
                 self._unsent = self._unsent[sent:]
                 self._bytes_sent += sent
@@ -264,7 +265,8 @@ class Member:
 
     def reap(self) -> int | None:
         """Let go of the lifeline, wait for the end of the process, return its exit code."""
-        self.let_go()
+        with self._sending:  # a thread in the middle of flush() must not hit a new socket of the same number
+            self.let_go()
         exitcode = self._exitcode_within(_REAP_WITHIN)
         if exitcode is None:
             self.kill()

@@ -201,6 +201,11 @@ class Lifeline:
             for part in encode_parts(kind, number, payload, seconds=seconds):
                 self._end.sendall(part)
 
+    def report(self, generation: int) -> None:
+        """Tell the parent that a server refused this generation; what a task has forked cannot, and only waits."""
+        with contextlib.suppress(OSError):
+            self.send(Kind.REFUSED, generation)
+
     def let_go(self) -> None:
         """Close a forked child's copy."""
         os.close(self._end.detach())
@@ -256,6 +261,7 @@ def work(lifeline: Lifeline, board: BoardHandle | BoardReader, setup: bytes, bla
     # came blocked, so that none could strike while Python was starting.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    _die_with_parent()
     for name in blanked:
         if not os.environ.get(name):
             os.environ.pop(name, None)
@@ -274,10 +280,25 @@ def work(lifeline: Lifeline, board: BoardHandle | BoardReader, setup: bytes, bla
 
 def _initialise(lifeline: Lifeline, board: Any, pickled_setup: bytes) -> None:  # noqa: ANN401 - a reader by now
     setup = load(pickled_setup)
-    session = SharedSession(board, report=lambda generation: lifeline.send(Kind.REFUSED, generation))
+    session = SharedSession(board, report=lifeline.report)
     adopt_session(session)
     if setup.initializer is not None:
         setup.initializer(*setup.initargs)
+
+
+def _die_with_parent() -> None:
+    """Let the kernel end this process with its parent, even in the middle of C code that never lets a thread run.
+
+    The signal comes when the *thread* that started this process ends: the crew's loop, which outlives its workers.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def serve(lifeline: Lifeline) -> None:
