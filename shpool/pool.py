@@ -33,6 +33,17 @@ T = TypeVar("T")
 
 # Never inherited by workers; besides these, any variable whose value is the session's own secret.
 _SECRET_VARIABLES = ("SH_CLIENT_SECRET", "SHPOOL_CLIENT_SECRET")
+# One per library that would start a thread for each processor in every worker; loky sets none of them.
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMBA_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "GDAL_NUM_THREADS",
+)
 _ENGINES = ("loky", "inline")
 
 
@@ -155,7 +166,8 @@ class AuthenticatedProcessPool(_Submitting):
         memory_name: Also share the session under this name, for other processes of the user.
         initializer: Called once in each worker, after its session is there.
         initargs: Arguments for it.
-        env: Environment variables of the workers, set before anything is imported there.
+        env: Environment variables of the workers, set before anything is imported there. The thread limits of BLAS,
+            OpenMP, Numba and GDAL are processors / workers unless set here or in the parent's environment.
         retries: More attempts for a task that failed for a passing reason: a lost worker, a timeout, a connection
             error, HTTP 408, 425, 429 or 5xx. Programming errors are never retried.
         timeout: Seconds one attempt of a task may take before its worker is stopped; None for no limit.
@@ -190,7 +202,7 @@ class AuthenticatedProcessPool(_Submitting):
         self._session = session
         self._engine_name = engine
         self._memory_name = memory_name
-        self._setup = WorkerSetup(initializer, tuple(initargs), dict(env or {}))
+        self._setup = WorkerSetup(initializer, tuple(initargs), {**_thread_limits(self._workers), **(env or {})})
         self._lock = threading.RLock()  # guards the four below; held while starting, so that it happens once
         self._state = "new"
         self._engine: Engine | None = None
@@ -395,6 +407,12 @@ def _checked_workers(max_workers: int | None) -> int:
         msg = f"max_workers must be at least 1, not {max_workers}"
         raise ValueError(msg)
     return max_workers
+
+
+def _thread_limits(workers: int) -> dict[str, str]:
+    """Return how many threads a worker's libraries may start, for those that nobody has told yet."""
+    share = str(max(1, (os.cpu_count() or 1) // workers))
+    return {name: share for name in _THREAD_VARIABLES if name not in os.environ}
 
 
 def _checked_policy(retries: int, timeout: float | None) -> tuple[int, float | None]:

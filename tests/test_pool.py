@@ -757,6 +757,21 @@ def test_an_interrupt_ends_a_script_at_once(script: Callable[..., Script], text:
     assert "loky" not in errors
 
 
+def variable(name: str) -> str | None:
+    return os.environ.get(name)
+
+
+@slow
+def test_libraries_in_workers_share_the_processors(server: LoopbackServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else four workers on four processors run sixteen BLAS threads; what is set already is left alone."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GDAL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "7")
+    with AuthenticatedProcessPool(session_at(server), 1, env={"MKL_NUM_THREADS": "5"}) as pool:
+        names = ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "GDAL_NUM_THREADS"]
+        assert list(pool.map(variable, names)) == [str(os.cpu_count()), "5", "7", str(os.cpu_count())]
+
+
 @slow
 def test_no_worker_can_be_interrupted_at_any_moment_of_its_life(script: Callable[..., Script]) -> None:
     """SIGINT is blocked or ignored from the first instruction on: what ^C means is the parent's to decide."""
