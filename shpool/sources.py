@@ -61,6 +61,9 @@ def source_of(session: Session, clock: Clock = SYSTEM_CLOCK) -> TokenSource:
         TypeError: It is none of these.
         ValueError: It does not refresh, so nothing can be kept fresh.
     """
+    if isinstance(session, type):
+        msg = f"session must be an instance; {session.__name__} is a class: call it with its credentials"
+        raise TypeError(msg)
     name = type(session).__name__
     never_refreshes = not getattr(session, "refreshes", True) or getattr(session, "refresh_before_expiry", 0.0) is None
     if never_refreshes:
@@ -71,10 +74,10 @@ def source_of(session: Session, clock: Clock = SYSTEM_CLOCK) -> TokenSource:
         raise ValueError(msg)
     if isinstance(session, TokenSource):
         return session
-    if not isinstance(session, type) and hasattr(type(session), "token"):
+    if hasattr(type(session), "token"):
         foreign = cast("SessionLike", session)
         return _ReadingSource(lambda: foreign.token, f"{name}.token", clock)
-    if callable(session) and not isinstance(session, type):
+    if callable(session):
         return _ReadingSource(session, getattr(session, "__name__", name), clock)
     msg = f"session must be an OAuthSession, have a token property, or be a function that returns a token, not {name}"
     raise TypeError(msg)

@@ -126,3 +126,8 @@ def test_window_is_the_sessions_own(clock: FakeClock) -> None:
     assert refresh_window_of(ForeignSession(answer(1, clock))) == 60.0
     assert refresh_window_of(dict) == 120.0
     assert refresh_window_of(object(), 7.0) == 7.0
+
+
+def test_a_class_is_no_session() -> None:
+    with pytest.raises(TypeError, match="OAuthSession is a class: call it"):
+        source_of(OAuthSession)  # type: ignore[arg-type]  # the mistake itself
