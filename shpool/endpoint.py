@@ -1,25 +1,32 @@
 """One login: a single request to a token endpoint, and what its answer means.
 
-1. One call is one request (RFC 6749, section 4.4.2). Nothing here waits, retries or remembers.
+1. One call is one request (RFC 6749, section 4.4.2). Nothing here waits, retries or remembers. An answer that has
+   not ended after the sum of both timeouts is given up, however steadily it drips.
 2. Credentials travel over https, or over http to this machine without a proxy. No redirect is followed, and no
    line of ``~/.netrc`` replaces them.
 3. 5xx, 408, 425 and 429 are temporary, whatever their body says.
-4. Any other answer with an ``error`` field means what RFC 6749, section 5.2 says: four of the codes are final.
+4. Any other answer with an ``error`` field means what RFC 6749, section 5.2 says: four of the codes are final,
+   ``invalid_client``, ``unauthorized_client``, ``invalid_scope`` and ``unsupported_grant_type``.
 5. A 4xx without an ``error`` field is a ``LoginError`` with its status; a 2xx without a token a ``TokenResponseError``.
 6. The functions that hold a secret, or the text of an answer, return their errors instead of raising them: so no
-   traceback has a frame whose local variables show either.
+   traceback has a frame whose local variables show either. What they cannot return, such as an interrupt, goes on
+   without its traceback and without what it was raised from.
+7. A provider's words that repeat the secret are masked, encoded forms included.
 """
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
+import re
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Literal
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, quote_plus, urlsplit
 
 from shpool.errors import LoginError, LoginRefusedError, TokenResponseError
 from shpool.origins import host_of, is_loopback_host, is_secure_url
@@ -35,7 +42,7 @@ if TYPE_CHECKING:
 
 ClientAuth = Literal["post", "basic"]  # RFC 6749, section 2.3.1: in the body, or as HTTP Basic
 
-# Codes that no retry with the same registration can turn (RFC 6749, section 5.2).
+# Codes that no retry with the same registration can turn (RFC 6749, section 5.2): the four of rule 4.
 FINAL_CODES = frozenset({"invalid_client", "unauthorized_client", "invalid_scope", "unsupported_grant_type"})
 
 _LARGEST_ANSWER = 1 << 20  # bytes; the board holds 64 KiB, so anything near this is no token
@@ -65,7 +72,7 @@ class TokenEndpoint:
         scope: Space-separated scopes to ask for, or None.
         audience: The API the token is for, where a provider wants to be told (not in RFC 6749), or None.
         client_auth: Credentials in the body (``post``) or as HTTP Basic (``basic``).
-        timeout: Seconds to connect, and seconds without a byte while reading.
+        timeout: Seconds to connect, and seconds without a byte while reading; their sum bounds the whole attempt.
         retry_after_unit: What a number in ``Retry-After`` counts: ``s`` (RFC 9110) or ``ms``.
         verify: Whether to verify TLS certificates, or the path of a CA bundle.
 
@@ -106,7 +113,7 @@ class TokenEndpoint:
         """Ask once for a token; its lifetime counts from before the request.
 
         Raises:
-            LoginRefusedError: These credentials will never work.
+            LoginRefusedError: One of the four final codes: this registration will never get a token.
             TokenResponseError: The endpoint answered, but not with a token.
             LoginError: No token this time.
         """
@@ -116,19 +123,24 @@ class TokenEndpoint:
 
         sent = clock.now()
         outcome = self._attempt(sent)
-        if isinstance(outcome, LoginError):
+        if isinstance(outcome, BaseException):
             raise outcome
         return outcome
 
-    def _attempt(self, sent: Instant) -> Token | LoginError:
-        answer = self._exchange()
-        return answer if isinstance(answer, LoginError) else self._judge(answer, sent)
+    def _attempt(self, sent: Instant) -> Token | BaseException:
+        try:
+            answer = self._exchange()
+            return answer if isinstance(answer, LoginError) else self._judge(answer, sent)
+        except BaseException as exc:  # noqa: BLE001 - raised again by the caller, without the frames of the exchange
+            return _without_history(exc)
 
     def _exchange(self) -> _Answer | LoginError:
         import requests
         from oauthlib.oauth2 import BackendApplicationClient
         from requests_oauthlib import OAuth2Session
+        from urllib3.exceptions import HTTPError
 
+        until = time.monotonic() + sum(self.timeout)
         outer = sys.exc_info()[1]
         client = BackendApplicationClient(self.client_id)
         with quiet_transport(), OAuth2Session(client=client) as session:
@@ -150,8 +162,8 @@ class TokenEndpoint:
                     allow_redirects=False,
                     stream=True,
                 ) as response:
-                    return _read_answer(response)
-            except (OSError, ValueError) as exc:  # requests' own errors are OSErrors; bad URLs are ValueErrors
+                    return self._read_answer(response, until)
+            except (OSError, ValueError, HTTPError) as exc:  # requests' errors are OSErrors; bad URLs are ValueErrors
                 return LoginError(self.url, self._reason(exc, outer))
 
     def _body(self, client: BackendApplicationClient) -> str:
@@ -168,7 +180,19 @@ class TokenEndpoint:
         # RFC 6749, section 2.3.1 wants both form-encoded first; %20 for a space is read alike by every decoder.
         return HTTPBasicAuth(quote(self.client_id, safe=""), quote(self.client_secret.reveal(), safe=""))
 
-    def _reason(self, exc: OSError | ValueError, outer: BaseException | None) -> str:
+    def _read_answer(self, response: requests.Response, until: float) -> _Answer | LoginError:
+        content = bytearray()
+        for chunk in _chunks(response):
+            content += chunk
+            if len(content) > _LARGEST_ANSWER:
+                words = f"the answer is longer than {_LARGEST_ANSWER} bytes"
+                return LoginError(self.url, words, response.status_code)
+            if time.monotonic() > until:
+                return LoginError(self.url, f"the answer did not end within {sum(self.timeout):g} s")
+        headers = response.headers
+        return _Answer(response.status_code, bytes(content), headers.get("Retry-After"), headers.get("Location", ""))
+
+    def _reason(self, exc: Exception, outer: BaseException | None) -> str:
         """Say what went wrong without quoting requests, whose texts may hold a proxy's password."""
         connect, read = self.timeout
         names = {cls.__name__ for cls in type(exc).__mro__}
@@ -214,7 +238,18 @@ class TokenEndpoint:
     def _without_secret(self, value: object) -> str:
         """Return a provider's words as one line; a careless one repeats the secret in them."""
         text = value if isinstance(value, str) else "" if value is None else f"an error of type {type(value).__name__}"
-        return _plain(text.replace(self.client_secret.reveal(), MASK))
+        for form in self._secret_forms():
+            text = text.replace(form, MASK)
+        return _plain(text)
+
+    def _secret_forms(self) -> list[str]:
+        """Return the secret as it is and as requests carry it, longest first: quoted for a form or URL, or as Basic."""
+        who, secret = self.client_id, self.client_secret.reveal()
+        forms = {secret, quote(secret), quote(secret, safe=""), quote_plus(secret)}
+        pairs = (f"{who}:{secret}", f"{quote(who, safe='')}:{quote(secret, safe='')}")
+        forms |= {base64.b64encode(pair.encode()).decode().rstrip("=") for pair in pairs}
+        forms |= {re.sub("%..", lambda code: code[0].lower(), form) for form in forms}  # some servers write %2f
+        return sorted(forms, key=len, reverse=True)
 
 
 @dataclass(frozen=True, repr=False)
@@ -227,14 +262,20 @@ class _Answer:
     location: str
 
 
-def _read_answer(response: requests.Response) -> _Answer | LoginError:
-    content = bytearray()
-    for chunk in response.iter_content(1 << 16):
-        content += chunk
-        if len(content) > _LARGEST_ANSWER:
-            return LoginError(response.url, f"the answer is longer than {_LARGEST_ANSWER} bytes", response.status_code)
-    headers = response.headers
-    return _Answer(response.status_code, bytes(content), headers.get("Retry-After"), headers.get("Location", ""))
+def _chunks(response: requests.Response) -> Iterator[bytes]:
+    """Yield an answer's bytes as they arrive: a read of so many bytes would wait until it has them all."""
+    read1 = getattr(response.raw, "read1", None)
+    if read1 is None:  # urllib3 before 2.2; slow for long answers, and tokens are short
+        yield from response.iter_content(1)
+    else:
+        while chunk := read1(1 << 16, decode_content=True):
+            yield chunk
+
+
+def _without_history(exc: BaseException) -> BaseException:
+    """Return an error free of its frames and of the errors behind it, which show the secret."""
+    exc.__cause__ = exc.__context__ = None
+    return exc.with_traceback(None)
 
 
 def _decode_json(content: bytes) -> object:

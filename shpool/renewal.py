@@ -1,16 +1,20 @@
 """One current token and one login at a time: what keeps a session's token fresh, whatever the number of threads.
 
-1. A single thread logs in at a time, under the lock. Whoever waits for it takes the token it brings, or its error.
+1. A single request is under way at a time, under the lock. Whoever waits for it takes the token it brings.
 2. A token that is valid and due for refresh is replaced by one attempt. Where that fails, or another thread is at
    it, the token serves on; the next attempt waits for a while.
-3. Without a valid token there are up to ``max_attempts`` attempts with waits between them.
+3. Without a valid token one thread makes up to ``max_attempts`` attempts with waits between them. The others that
+   need a token wait for it and take its token, or its error.
+4. The lock is free during these waits: ``renew()`` is not held up, and a token that it brings ends them.
+5. A forked child has locks of its own: those of the parent may have been held by a thread that it does not have.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
-import time
+import weakref
 from typing import TYPE_CHECKING
 
 from shpool.errors import LoginError, ShpoolError
@@ -30,6 +34,8 @@ _LARGEST_SHARE = 0.25
 
 # Nothing here sleeps longer than this between two attempts; asked to, it raises instead.
 LONGEST_WAIT = 60.0  # s
+
+_renewals: weakref.WeakSet[TokenRenewal] = weakref.WeakSet()  # all of this process, for its forked children
 
 
 class TokenRenewal:
@@ -68,14 +74,21 @@ class TokenRenewal:
         self._early = refresh_before_expiry or 0.0
         self._max_attempts = max_attempts
         self._backoff = backoff or Backoff()
-        # Guards every write of what follows and is held during a login. Reads go without: each is one reference.
-        self._lock = threading.Lock()
+        self._make_locks()
+        # Written under _lock. Reads go without: each is one reference.
         self._token = None if token is None else token.numbered(1)
         self._read_shared: Callable[[], Token] | None = None
         self._logins = 0
+        self._next_refresh = float("-inf")  # boot time before which a valid token is left alone
+        # Written under _patience.
         self._failures = 0  # how often the last error was replaced
         self._last_error: LoginError | None = None
-        self._next_refresh = float("-inf")  # boot time before which a valid token is left alone
+        _renewals.add(self)
+
+    def _make_locks(self) -> None:
+        self._patience = threading.Lock()  # held by the thread of rule 3, waits included; taken before _lock
+        self._lock = threading.Lock()  # held during a request
+        self._arrived = threading.Condition(self._lock)  # notified of each new token
 
     @property
     def current(self) -> Token | None:
@@ -112,7 +125,7 @@ class TokenRenewal:
         """Never log in again, and read the token that another process keeps fresh: for a forked child."""
         self._read_shared = read_shared
         self._endpoint = None
-        self._lock = threading.Lock()  # another thread may have held it at the fork
+        self._make_locks()  # another thread may have held them at the fork
 
     def _refresh(self, token: Token) -> Token:
         if self._clock.now().boot < self._next_refresh or not self._lock.acquire(blocking=False):
@@ -129,9 +142,8 @@ class TokenRenewal:
 
     def _login_patiently(self) -> Token:
         failures = self._failures
-        with self._lock:
-            token = self._token
-            if token is not None and self.remaining(token) > 0:
+        with self._patience:
+            if (token := self._valid_token()) is not None:
                 return token
             if self._last_error is not None and self._failures != failures:
                 raise type(self._last_error)(*self._last_error.args)
@@ -143,16 +155,21 @@ class TokenRenewal:
                 raise
 
     def _attempts(self) -> Token:
-        for attempt, delay in enumerate(self._backoff.delays(), start=1):
-            try:
-                return self._login()
-            except LoginError as exc:
-                wait = max(exc.retry_after or 0.0, delay)
-                if attempt >= self._max_attempts or not is_retryable(exc) or wait > LONGEST_WAIT:
-                    raise
-                LOGGER.warning("login attempt %d failed, the next in %.1f s: %s", attempt, wait, exc)
-            time.sleep(wait)
+        with self._lock:
+            for attempt, delay in enumerate(self._backoff.delays(), start=1):
+                try:
+                    return self._valid_token() or self._login()
+                except LoginError as exc:
+                    wait = max(exc.retry_after or 0.0, delay)
+                    if attempt >= self._max_attempts or not is_retryable(exc) or wait > LONGEST_WAIT:
+                        raise
+                    LOGGER.warning("login attempt %d failed, the next in %.1f s: %s", attempt, wait, exc)
+                self._arrived.wait_for(self._valid_token, wait)  # gives the lock up meanwhile
         raise AssertionError  # delays() has no end
+
+    def _valid_token(self) -> Token | None:
+        token = self._token
+        return token if token is not None and self.remaining(token) > 0 else None
 
     def _login(self) -> Token:
         """Make one attempt; the caller holds the lock."""
@@ -164,6 +181,16 @@ class TokenRenewal:
         token = self._endpoint.login(self._clock).numbered(known + 1)
         self._logins += 1
         self._token = token
+        self._arrived.notify_all()
         mark = fingerprint(token.access_token)
         LOGGER.info("login %d at %s: token %s for %.0f s", self._logins, self._endpoint.url, mark, token.lifetime)
         return token
+
+
+def _renew_locks() -> None:
+    for renewal in list(_renewals):
+        renewal._make_locks()  # noqa: SLF001 - rule 5, applied from outside the class
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_renew_locks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 import warnings
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from shpool.endpoint import ClientAuth
     from shpool.retry import RetryAfterUnit
 
+_HOST_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")  # in lower case
 _MILLISECOND_HOSTS = ("sentinel-hub.com", "sh.dataspace.copernicus.eu")  # what their Retry-After counts
 
 
@@ -39,11 +42,12 @@ class OAuthSession:
         client_auth: Send the credentials in the body (``post``) or as HTTP Basic (``basic``).
         refresh_before_expiry: Refresh with this many seconds left, or at a quarter of the lifetime if that is less;
             None never refreshes.
-        timeout: Seconds to connect, and seconds without a byte while reading.
+        timeout: Seconds to connect, and seconds without a byte while reading; their sum bounds one attempt.
         max_attempts: Requests to the endpoint, at most, in one read of ``token``.
         retry_delay: Longest wait before the second attempt, seconds; doubles from there, with full jitter.
         retry_after_unit: What a number in the provider's ``Retry-After`` counts: ``s`` or ``ms``.
-        allowed_hosts: Hosts that may be sent the token; empty means the origin that each call names.
+        allowed_hosts: Hosts that may be sent the token, as bare names or addresses: no scheme, no port, and
+            international names in their ASCII form. Empty means the origin that each call names.
         verify: Whether to verify TLS certificates, or the path of a CA bundle.
         clock: Where the time comes from.
 
@@ -61,7 +65,7 @@ class OAuthSession:
         audience: str | None = None,
         client_auth: ClientAuth = "post",
         refresh_before_expiry: float | None = 120.0,
-        timeout: tuple[float, float] = (10.0, 30.0),
+        timeout: tuple[float, float] = (5.0, 10.0),
         max_attempts: int = 4,
         retry_delay: float = 5.0,
         retry_after_unit: RetryAfterUnit = "s",
@@ -109,7 +113,7 @@ class OAuthSession:
         self.refresh_before_expiry = refresh_before_expiry
         self._endpoint = endpoint
         self._renewal = renewal
-        self._allowed_hosts = tuple(host.lower() for host in allowed_hosts if host)
+        self._allowed_hosts = tuple(map(_bare_host, allowed_hosts))
 
     @classmethod
     def from_token(cls, token: Mapping[str, Any]) -> Self:
@@ -233,7 +237,8 @@ class SentinelHubSession(OAuthSession):
             None never refreshes.
 
     Raises:
-        ValueError: A credential is missing. None is needed with a token that is not to be refreshed.
+        ValueError: ``sh_base_url`` names no host, or a credential is missing; none is needed with a token that is not
+            to be refreshed.
     """
 
     def __init__(
@@ -245,7 +250,7 @@ class SentinelHubSession(OAuthSession):
     ) -> None:
         self.config = config = SHConfig() if config is None else config
         given = None if _token is None else _given_token(_token)
-        host = host_of(config.sh_base_url)
+        host = _base_host(config.sh_base_url)
         if given is not None and refresh_before_expiry is None:
             self._set_up(None, _fixed(given), None, [host])
             return
@@ -255,7 +260,7 @@ class SentinelHubSession(OAuthSession):
             config.sh_client_id,
             config.sh_client_secret,
             refresh_before_expiry=refresh_before_expiry,
-            timeout=(10.0, min(30.0, config.download_timeout_seconds)),
+            timeout=(5.0, min(10.0, config.download_timeout_seconds)),
             max_attempts=config.max_download_attempts,
             retry_delay=config.download_sleep_time,
             retry_after_unit="ms" if _counts_milliseconds(host) else "s",
@@ -291,6 +296,35 @@ def _given_token(fields: Mapping[str, Any]) -> Token:
 
 def _fixed(token: Token) -> TokenRenewal:
     return TokenRenewal(None, token, SYSTEM_CLOCK, refresh_before_expiry=None)
+
+
+def _bare_host(entry: str) -> str:
+    """Return a host as ``host_of`` shows it for the URL of a prepared request, which is what it is compared with."""
+    host = entry.lower().removesuffix(".") if isinstance(entry, str) else ""
+    if _HOST_NAME.fullmatch(host) or _is_address(host):
+        return host
+    if host.isascii():
+        msg = f"allowed_hosts holds {entry!r}; give the bare host name, such as 'api.example.com'"
+    else:
+        msg = f"allowed_hosts holds {entry!r}; give the host name in its ASCII form, which begins with 'xn--'"
+    raise ValueError(msg)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
+
+
+def _base_host(url: str) -> str:
+    if host := host_of(url):
+        return host
+    shown = url.rpartition("@")[2]  # without a password that may stand before it
+    msg = (
+        f"sh_base_url names no host that may be sent the token, got {shown!r}; give one like 'https://api.example.com'"
+    )
+    raise ValueError(msg)
 
 
 def _check_credentials(config: SHConfig) -> None:

@@ -27,6 +27,9 @@ DEFAULT_LIFETIME = 300.0  # s
 # Ten years: beyond it a lifetime is a mistake of units, and sums with it must stay finite.
 _LONGEST_LIFETIME = 10 * 365 * 86_400.0  # s
 
+# By how much an issue time may lie in the future and the clocks still count as agreed.
+_CLOCK_SKEW = 60.0  # s
+
 
 class Instant(NamedTuple):
     """One moment on both clocks, in seconds."""
@@ -74,7 +77,7 @@ class Token(Mapping[str, Any]):
         token_type: Usually ``Bearer`` (RFC 6750).
         scope: Space-separated scopes, or None when the provider said nothing.
         generation: Number of the login that brought it, from 1; 0 outside any sharing.
-        extra: Whatever else the answer held, refresh tokens left out.
+        extra: What else the answer held: scalars, and lists and objects of scalars; refresh tokens left out.
 
     >>> token = Token("invented-token", expires_at=1_000.0, deadline=500.0, lifetime=600.0)
     >>> token["access_token"], token["expires_at"]
@@ -249,11 +252,11 @@ def _checked_fields(answer: object, source: str) -> tuple[Mapping[str, Any], str
 def _build(fields: Mapping[str, Any], access_token: str, expires_at: float, deadline: float, lifetime: float) -> Token:
     token_type, scope = fields.get("token_type"), fields.get("scope")
     if isinstance(scope, (list, tuple)):
-        scope = " ".join(map(str, scope))
+        scope = " ".join(word for word in scope if isinstance(word, str))
     kept = {
         key: value
         for key, value in fields.items()
-        if isinstance(key, str) and key not in _NAMED_FIELDS and "refresh" not in key
+        if isinstance(key, str) and key not in _NAMED_FIELDS and "refresh" not in key and _is_flat(value)
     }
     return Token(
         access_token=access_token,
@@ -264,6 +267,17 @@ def _build(fields: Mapping[str, Any], access_token: str, expires_at: float, dead
         scope=scope if isinstance(scope, str) else None,
         extra=MappingProxyType(kept),
     )
+
+
+def _is_flat(value: object) -> bool:
+    """Tell whether a value is a JSON scalar, or a list or an object of them: what encodes at any recursion limit."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_scalar(inner) for key, inner in value.items())
+    return all(map(_is_scalar, value)) if isinstance(value, (list, tuple)) else _is_scalar(value)
+
+
+def _is_scalar(value: object) -> bool:
+    return value is None or isinstance(value, (str, int, float))
 
 
 _NAMED_FIELDS = frozenset({"access_token", "token_type", "expires_at", "expires_in", "scope"})
@@ -287,7 +301,7 @@ def _seconds(value: object, name: str, source: str) -> float | None:
 
 
 def _lifetime_from_claims(access_token: str, wall: float) -> float | None:
-    """Return the lifetime a JWT states; exp - iat where it has both, since that needs no agreed clock."""
+    """Return the seconds from ``wall`` for which a JWT's claims let it live, or None without ``exp``."""
     try:
         claims = decode_claims(access_token)
         end = _seconds(claims.get("exp"), "exp", "token")
@@ -296,5 +310,12 @@ def _lifetime_from_claims(access_token: str, wall: float) -> float | None:
         return None
     if end is None:
         return None
-    begin = wall if start is None or start > end else start
-    return min(max(end - begin, 0.0), _LONGEST_LIFETIME)
+    left = max(end - wall, 0.0)
+    # The rule: the lesser of exp - iat and exp - now where iat is no later than now plus the skew, else exp - iat.
+    # A provider may hand out a token it issued an hour ago, and only exp - now tells what is left of that one. An iat
+    # in the future proves that the clocks differ: then only the difference of the provider's own two times counts.
+    if start is None or start > end:
+        lifetime = left
+    else:
+        lifetime = min(end - start, left) if start <= wall + _CLOCK_SKEW else end - start
+    return min(lifetime, _LONGEST_LIFETIME)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import logging
 import os
 import pickle
+import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 import traceback
+from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, quote_plus
 
 import cloudpickle
 import pytest
@@ -376,6 +381,25 @@ def test_hanging_endpoint_is_given_up(server: LoopbackServer) -> None:
     server.hang(False)
 
 
+@pytest.mark.slow
+def test_answer_that_drips_is_given_up_in_the_end() -> None:
+    """A byte now and then meets every read timeout; the sum of both timeouts bounds the whole."""
+    with one_answer(b"{" * 200, pause=0.05) as seen:
+        session = OAuthSession(seen.url, "me", "invented-secret", timeout=(0.2, 0.3))
+        began = time.monotonic()
+        with pytest.raises(LoginError, match=r"did not end within 0\.5 s"):
+            session.renew(None)
+        assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("headers", ["Content-Encoding: gzip\r\n", "Transfer-Encoding: chunked\r\n"])
+def test_encoded_answer_is_read(headers: str) -> None:
+    body = b'{"access_token": "invented", "expires_in": 60}'
+    body = gzip.compress(body) if "gzip" in headers else b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    with one_answer(body, headers=headers) as seen:
+        assert OAuthSession(seen.url, "me", "invented-secret").renew(None).access_token == "invented"
+
+
 def test_answer_cut_short_is_a_login_error() -> None:
     with one_answer(b'{"access', claimed=500) as seen, pytest.raises(LoginError):
         OAuthSession(seen.url, "me", "invented-secret").renew(None)
@@ -457,6 +481,50 @@ def test_threads_share_the_failure_of_one_of_them(server: LoopbackServer) -> Non
         outcomes = {future.result() for future in [threads.submit(read) for _ in range(16)]}
     assert outcomes == {"HTTP 503"}
     assert server.token_requests == 2
+
+
+@pytest.mark.slow
+def test_wait_between_attempts_holds_up_no_renewal(server: LoopbackServer) -> None:
+    """The renewal goes through at once; the token it brings ends the wait of every reader."""
+    session = session_for(server)
+    server.fail_next(1, status=503, retry_after=30)
+    began = time.monotonic()
+    with ThreadPoolExecutor(4) as threads:
+        reads = [threads.submit(lambda: session.token["access_token"]) for _ in range(4)]
+        poll(lambda: server.token_requests == 1)
+        token = session.renew(None)
+        assert {read.result() for read in reads} == {token.access_token}
+    assert time.monotonic() - began < 15
+    assert server.token_requests == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_fork_during_a_login_leaves_the_child_able_to_log_in(child_env: dict[str, str]) -> None:
+    """The thread that holds the lock at the fork does not exist in the child and never gives it back."""
+    program = (
+        "import os, signal, threading, time\n"
+        "import oauthlib.oauth2, requests_oauthlib\n"  # no child can finish an import of the missing thread either
+        "from shpool.session import OAuthSession\n"
+        "from shpool.testing import LoopbackServer\n"
+        "with LoopbackServer() as server:\n"
+        "    session = OAuthSession(server.token_url, server.client_id, server.client_secret)\n"
+        "    server.hang()\n"
+        "    thread = threading.Thread(target=lambda: session.token)\n"
+        "    thread.start()\n"
+        "    while not session._renewal._lock.locked():\n"
+        "        time.sleep(0.01)\n"
+        "    pid = os.fork()\n"
+        "    if pid == 0:\n"
+        "        signal.alarm(10)\n"
+        "        os._exit(0 if session.token else 1)\n"
+        "    server.hang(False)\n"
+        "    thread.join()\n"
+        "    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program]
+    done = subprocess.run(command, env=child_env, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "0", done.stderr
 
 
 @pytest.mark.slow
@@ -582,6 +650,30 @@ def test_allowed_hosts_are_kept_in_lower_case() -> None:
     assert session.allowed_hosts == ("api.example",)
 
 
+@pytest.mark.parametrize(
+    "host", ["api.example", "API.example.", "xn--bcher-kva.example", "127.0.0.1", "::1", "tiles_1"]
+)
+def test_allowed_host_is_a_bare_name_or_address(host: str) -> None:
+    session = OAuthSession("https://idp.example/token", "me", "invented-secret", allowed_hosts=[host])
+    assert session.allowed_hosts == (host.lower().rstrip("."),)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["", ".", "https://api.example", "api.example/v1", "api.example:443", "[::1]", " api.example", "*.example", None],
+)
+def test_allowed_host_that_would_never_match_is_refused(entry: str) -> None:
+    """An empty one above all: left out, it would open the token to every host."""
+    with pytest.raises(ValueError, match="give the bare host name") as caught:
+        OAuthSession("https://idp.example/token", "me", "invented-secret", allowed_hosts=["api.example", entry])
+    assert repr(entry) in str(caught.value)
+
+
+def test_allowed_host_is_given_as_requests_sends_it() -> None:
+    with pytest.raises(ValueError, match=r"'bücher\.example'; give the host name in its ASCII form"):
+        OAuthSession("https://idp.example/token", "me", "invented-secret", allowed_hosts=["bücher.example"])
+
+
 # Sessions made of a token
 
 
@@ -647,6 +739,16 @@ def test_presets_bind_the_host_and_count_milliseconds(preset: str, host: str) ->
     session = SentinelHubSession(SHConfig.preset(preset, sh_client_id="me", sh_client_secret="invented"))
     assert session.allowed_hosts == (host,)
     assert session.retry_after_unit == "ms"
+
+
+@pytest.mark.parametrize("token", [None, {"access_token": "invented", "expires_at": 5}], ids=["none", "given"])
+@pytest.mark.parametrize("url", ["", "services.sentinel-hub.com", "https://", "https://me:canary@[::1/"])
+def test_base_url_without_a_host_is_refused(url: str, token: dict[str, Any] | None) -> None:
+    """No host means any host."""
+    config = SHConfig(use_defaults=True, sh_base_url=url, sh_client_id="me", sh_client_secret="invented")
+    with pytest.raises(ValueError, match=r"sh_base_url names no host .* give one like") as caught:
+        SentinelHubSession(config, None if token else 120.0, _token=token)
+    assert "canary" not in str(caught.value)
 
 
 def test_other_hosts_count_seconds(server: LoopbackServer) -> None:
@@ -747,6 +849,57 @@ def test_no_failure_shows_a_secret(
     assert "\x1b" not in seen
 
 
+_SPECIAL = "canary/secret+4711=~ é"
+
+
+@pytest.mark.parametrize(
+    "echo",
+    [
+        _SPECIAL,
+        quote(_SPECIAL),
+        quote(_SPECIAL, safe=""),
+        quote_plus(_SPECIAL),
+        re.sub("%..", lambda code: code[0].lower(), quote_plus(_SPECIAL)),
+        b64encode(f"demo-client:{_SPECIAL}".encode()).decode(),
+        b64encode(f"demo-client:{quote(_SPECIAL, safe='')}".encode()).decode(),
+    ],
+)
+@pytest.mark.parametrize("field", ["error", "error_description"])
+def test_secret_is_masked_in_every_form_a_request_carries_it(server: LoopbackServer, echo: str, field: str) -> None:
+    server.answer_always(400, body={"error": "invalid_client", field: f"not <{echo}>"})
+    with pytest.raises(LoginError, match=r"not <\*\*\*=*>") as caught:
+        OAuthSession(server.token_url, "demo-client", _SPECIAL).renew(None)
+    seen = everything_about(caught.value, skip=1)
+    assert "4711" not in seen
+    assert echo not in seen
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="interrupts a system call of the main thread")
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, RuntimeError])
+@pytest.mark.parametrize("client_auth", ["post", "basic"])
+def test_interrupted_login_shows_no_secret(client_auth: ClientAuth, kind: type[BaseException]) -> None:
+    """An interrupt comes up through the frames of the HTTP libraries, whose variables hold the request's body."""
+
+    def interrupt(*_: object) -> None:
+        raise kind
+
+    main = threading.main_thread().ident
+    assert main == threading.get_ident()
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with one_answer(b"", before=lambda: signal.pthread_kill(main, signal.SIGUSR1)) as seen:
+            session = OAuthSession(seen.url, "me", _CANARY, client_auth=client_auth)
+            with pytest.raises(kind) as caught:
+                session.renew(None)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    shown = everything_about(caught.value, skip=1)
+    assert "shpool/endpoint.py" in shown
+    assert "canary" not in shown
+    assert b64encode(f"me:{_CANARY}".encode()).decode() not in shown
+
+
 def test_success_shows_neither_secret_nor_token(
     client_auth_server: Callable[..., LoopbackServer], all_logs: io.StringIO
 ) -> None:
@@ -784,8 +937,11 @@ def test_making_a_session_imports_no_http_stack(child_env: dict[str, str]) -> No
 class OneAnswer:
     """A listener that gives one raw answer; afterwards it knows what it was asked."""
 
-    def __init__(self, answer: bytes) -> None:
+    def __init__(self, answer: bytes, drip: bytes, pause: float, before: Callable[[], None]) -> None:
         self._answer = answer
+        self._drip = drip
+        self._pause = pause
+        self._before = before
         self._request = bytearray()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._listener.settimeout(10)
@@ -809,7 +965,12 @@ class OneAnswer:
             self._request += connection.recv(65536)
             while self._request.startswith(b"POST") and not self._is_whole():
                 self._request += connection.recv(65536)
-            connection.sendall(self._answer)
+            self._before()
+            with contextlib.suppress(OSError):  # the client may leave in the middle
+                connection.sendall(self._answer)
+                for byte in self._drip:
+                    time.sleep(self._pause)
+                    connection.sendall(bytes([byte]))
 
     def _is_whole(self) -> bool:
         head, end, body = self._request.partition(b"\r\n\r\n")
@@ -818,16 +979,35 @@ class OneAnswer:
 
 
 @contextlib.contextmanager
-def one_answer(
-    body: bytes, *, status: str = "200 OK", headers: str = "", claimed: int | None = None
+def one_answer(  # noqa: PLR0913 - each is one way for an answer to go wrong
+    body: bytes,
+    *,
+    status: str = "200 OK",
+    headers: str = "",
+    claimed: int | None = None,
+    pause: float = 0.0,
+    before: Callable[[], None] = lambda: None,
 ) -> Iterator[OneAnswer]:
-    """Run a listener whose answer may claim a length it does not have."""
+    """Run a listener whose answer may claim a length it does not have, or pause before each byte of its body.
+
+    It calls ``before`` once it has the whole request.
+    """
     length = len(body) if claimed is None else claimed
-    listener = OneAnswer(f"HTTP/1.1 {status}\r\n{headers}Content-Length: {length}\r\n\r\n".encode() + body)
+    if "chunked" not in headers:
+        headers += f"Content-Length: {length}\r\n"
+    head = f"HTTP/1.1 {status}\r\n{headers}\r\n".encode()
+    listener = OneAnswer(head, body, pause, before) if pause else OneAnswer(head + body, b"", 0.0, before)
     try:
         yield listener
     finally:
         listener.close()
+
+
+def poll(is_true: Callable[[], bool], patience: float = 10.0) -> None:
+    deadline = time.monotonic() + patience
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def everything_about(error: BaseException, skip: int = 0) -> str:

@@ -20,6 +20,7 @@ from shpool.tokens import (
     DEFAULT_LIFETIME,
     SYSTEM_CLOCK,
     Instant,
+    Posting,
     Token,
     decode_claims,
     token_from_mapping,
@@ -59,6 +60,22 @@ def test_lifetime_from_claims_needs_no_agreed_clock() -> None:
     """With ``iat`` the lifetime is a difference of the server's own clock, an hour off here."""
     jwt = make_jwt({"iat": _SENT.wall + 3600, "exp": _SENT.wall + 3600 + 300})
     assert token_from_response({"access_token": jwt}, _SENT).lifetime == 300.0
+
+
+def test_reissued_jwt_ends_when_its_claims_say() -> None:
+    """A provider may hand out a token it issued long ago; its whole lifetime is not what is left of it."""
+    jwt = make_jwt({"iat": _SENT.wall - 3590, "exp": _SENT.wall + 10})
+    token = token_from_response({"access_token": jwt}, _SENT)
+    assert token.remaining(_SENT) == 10.0
+    assert (token.expires_at, token.deadline) == (_SENT.wall + 10, _SENT.boot + 10)
+
+
+@pytest.mark.parametrize(
+    ("ahead", "lifetime"), [(-5, 295.0), (-400, 0.0), (0, 300.0), (5, 300.0), (60, 300.0), (61, 300.0)]
+)
+def test_lifetime_is_the_lesser_of_both_statements(ahead: float, lifetime: float) -> None:
+    jwt = make_jwt({"iat": _SENT.wall + ahead, "exp": _SENT.wall + ahead + 300})
+    assert token_from_response({"access_token": jwt}, _SENT).lifetime == lifetime
 
 
 @pytest.mark.parametrize("claims", [{}, {"exp": None}, {"exp": "soon"}, {"exp": True}, {"exp": {}}, []])
@@ -104,6 +121,29 @@ def test_token_that_no_header_may_carry_is_an_error(value: str) -> None:
 
 def test_scope_may_be_a_list() -> None:
     assert token_from_response(answer(scope=["tiles", "statistics"]), _SENT).scope == "tiles statistics"
+
+
+def nested(levels: int) -> object:
+    value: object = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("field", ["region", "scope"])
+def test_deeply_nested_field_is_left_out(field: str) -> None:
+    """What one recursion limit reads, another may not write; the posting has to be written anywhere."""
+    for levels in (2, 992, 50_000):
+        for value in (nested(levels), {"deep": nested(levels)}):
+            token = token_from_response(answer(expires_in=60, **{field: value}), _SENT)
+            assert Posting.from_bytes(Posting(token).to_bytes()).token is not None
+            assert not token.extra
+
+
+def test_flat_extra_fields_are_kept() -> None:
+    extra = {"region": "eu", "quota": 5, "share": 0.5, "beta": True, "none": None, "list": [1, "a"], "map": {"a": None}}
+    token = token_from_response(answer(expires_in=60, **extra), _SENT)
+    assert dict(token.extra) == extra
 
 
 def test_refresh_token_is_not_kept() -> None:
