@@ -13,10 +13,12 @@ import heapq
 import itertools
 import os
 import queue
+import sysconfig
 import time
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shpool.jobs import Job, JobResult
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
     from shpool.retry import RetryAfterUnit
 
-__all__ = ["Job", "JobResult", "RetryPolicy", "TimedCall", "run_batch", "worker_count"]
+__all__ = ["Job", "JobResult", "RetryPolicy", "TimedCall", "place_of", "run_batch", "worker_count"]
 
 # Enough that a worker never waits for the parent, few enough that an interrupted batch has little to drop.
 JOBS_PER_WORKER = 4
@@ -236,7 +238,28 @@ def _error_of(future: Future[Any]) -> BaseException | None:
     return CancelledError("cancelled by the executor") if future.cancelled() else future.exception()
 
 
-_SECONDS = "_shpool_seconds"  # set on errors in the worker; most errors keep their attributes when pickled
+# Set on errors in the worker; most errors keep their attributes when pickled.
+_SECONDS = "_shpool_seconds"
+_PLACE = "_shpool_place"
+
+
+def place_of(error: BaseException) -> str:
+    """Return file and line of the user's code that raised a job's error, as ``tiles.py:12``; empty if unknown."""
+    return str(getattr(error, _PLACE, ""))
+
+
+def _place(trace: TracebackType | None) -> str:
+    """Return the innermost line that is neither ours nor of an installed package; else the innermost not ours."""
+    ours = str(Path(__file__).parent)
+    installed = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+    outer = inner = ""
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if not file.startswith((ours, "<frozen ")):
+            inner = f"{Path(file).name}:{trace.tb_lineno}"
+            outer = outer if file.startswith(installed) else inner
+        trace = trace.tb_next
+    return outer or inner
 
 
 class TimedCall:
@@ -244,6 +267,9 @@ class TimedCall:
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self._fn = fn
+        has_own_text = "__str__" in vars(type(fn))
+        # Executors name tasks by this; the text of a partial may be as long as its arguments.
+        self.__qualname__ = getattr(fn, "__qualname__", None) or (str(fn) if has_own_text else type(fn).__name__)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> tuple[Any, float]:  # noqa: ANN401 - whatever the function takes
         """Return the function's result and the seconds it took."""
@@ -252,7 +278,7 @@ class TimedCall:
         return result, watch.seconds
 
     def __repr__(self) -> str:
-        return getattr(self._fn, "__qualname__", None) or str(self._fn)
+        return self.__qualname__
 
 
 class _Stopwatch:
@@ -271,3 +297,4 @@ class _Stopwatch:
         if error is not None:
             with suppress(AttributeError, TypeError):  # an error class may refuse attributes
                 setattr(error, _SECONDS, self.seconds)
+                setattr(error, _PLACE, _place(trace))

@@ -56,7 +56,7 @@ def write_profile(path: Path, name: str, values: Mapping[str, Any], *, known: fr
         known: Keys that are removed from the profile unless ``values`` has them.
 
     Raises:
-        ConfigError: The present file cannot be read.
+        ConfigError: The present file cannot be read, or the new one not written.
     """
     import tomlkit
 
@@ -68,7 +68,9 @@ def write_profile(path: Path, name: str, values: Mapping[str, Any], *, known: fr
     for key in known - values.keys():
         table.pop(key, None)
     table.update(values)
-    _replace(path.resolve(), tomlkit.dumps(document))  # resolved: a link stays a link
+    problem = _replace(path, tomlkit.dumps(document))
+    if problem:
+        raise ConfigError(str(path), f"cannot be written: {problem}; mend its folder or set XDG_CONFIG_HOME")
 
 
 def warn_if_open(path: Path) -> None:
@@ -93,7 +95,16 @@ def _read_text(path: Path) -> str:
     raise ConfigError(str(path), f"cannot be read: {problem}; mend the file or set XDG_CONFIG_HOME")
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, text: str) -> str:
+    """Write the file, and return what went wrong: raised from here, a traceback's frame would hold the secrets."""
+    try:
+        _write_in_one_step(path.resolve(), text)  # resolved: a link stays a link
+    except OSError as exc:
+        return exc.strerror or type(exc).__name__
+    return ""
+
+
+def _write_in_one_step(path: Path, text: str) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor, draft = tempfile.mkstemp(prefix=".config-", suffix=".toml", dir=path.parent)  # mode 0600
     try:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import sys
+import threading
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from typing_extensions import Self
+
+
+_TICK = 1.0  # s between redraws while nothing finishes; the finest unit the bar shows
 
 
 class Progress:
     """Count finished items and show done, failed, rate, time left and the token's seconds left.
 
     A class, because the counts outlive any single call. Disabled, it only counts: no import, no thread,
-    no output. It never writes to standard output.
+    no output. Shown, a thread of its own redraws it every second until the block ends, so that the times move
+    while a long job runs. It never writes to standard output.
 
     Args:
         total: Items to come, or None when nobody knows.
@@ -23,6 +29,9 @@ class Progress:
         unit: What an item is called.
         enabled: Show a bar; None means only where ``stream`` is a terminal.
         stream: Where the bar is drawn; None is ``sys.stderr`` as it is then.
+        token: Asked for the token's seconds left at every redraw of the thread, from that thread; None leaves it
+            to ``update_token``.
+        tick: Seconds between the thread's redraws.
 
     >>> with Progress(3, desc="tiles", enabled=False) as progress:
     ...     progress.done(2)
@@ -31,7 +40,7 @@ class Progress:
     (2, 1)
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each has its default
         self,
         total: int | None,
         *,
@@ -39,6 +48,8 @@ class Progress:
         unit: str = "job",
         enabled: bool | None = None,
         stream: TextIO | None = None,
+        token: Callable[[], float | None] | None = None,
+        tick: float = _TICK,
     ) -> None:
         self.done_count = 0
         self.failed_count = 0
@@ -48,7 +59,12 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._enabled = _is_terminal(self._stream) if enabled is None else enabled
         self._seconds_left: float | None = None
+        self._token = token
+        self._tick = tick
+        self._lock = threading.Lock()  # guards the bar's drawing
         self._bar: Any = None  # a tqdm, imported only when drawn
+        self._has_ended = threading.Event()
+        self._thread: threading.Thread | None = None
 
     @property
     def is_shown(self) -> bool:
@@ -59,12 +75,19 @@ class Progress:
         """Draw the empty bar."""
         if self._enabled:
             self._bar = _new_bar(self._total, self._desc, self._unit, self._stream)
+            self._has_ended.clear()
+            self._thread = threading.Thread(target=self._redraw, name="shpool-progress")
+            self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Leave the bar as it stands and end its line."""
+        if self._thread is not None:
+            self._has_ended.set()
+            self._thread.join()
+            self._thread = None
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -82,13 +105,24 @@ class Progress:
     def update_token(self, seconds_left: float | None) -> None:
         """Tell how long the token lives; None when there is none. Shown at the next redraw."""
         self._seconds_left = seconds_left
-        if self._bar is not None:
-            self._bar.set_postfix_str(self._postfix(), refresh=False)
+        self._advance(0)
 
     def _advance(self, n: int) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(self._postfix(), refresh=False)
-            self._bar.update(n)
+            with self._lock:
+                self._bar.set_postfix_str(self._postfix(), refresh=False)
+                if n:
+                    self._bar.update(n)
+
+    def _redraw(self) -> None:
+        """Redraw at once and at every tick; runs in the thread."""
+        while True:
+            if self._token is not None:
+                self._seconds_left = self._token()
+            with self._lock:
+                self._bar.set_postfix_str(self._postfix(), refresh=True)
+            if self._has_ended.wait(self._tick):
+                return
 
     def _postfix(self) -> str:
         failed = f"failed {self.failed_count}"
@@ -103,8 +137,6 @@ def _is_terminal(stream: TextIO) -> bool:
 
 
 def _new_bar(total: int | None, desc: str, unit: str, stream: TextIO) -> Any:  # noqa: ANN401 - tqdm.auto picks the class
-    import threading
-
     from tqdm.auto import tqdm
 
     class _Bar(tqdm):  # type: ignore[type-arg]  # tqdm is generic in its stubs only, and we never iterate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from shpool.testing import LoopbackServer
@@ -16,7 +18,15 @@ if TYPE_CHECKING:
 PATIENCE = 60  # s; a command that takes longer hangs
 
 # As pip writes it: started so, the folder of the script is importable and the current one is not.
-_SCRIPT = "from shpool_cli.app import main\nif __name__ == '__main__':\n    main()\n"
+# The signals get their meaning back first: under nohup, or in the background of a shell, tests inherit them ignored.
+_SCRIPT = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+from shpool_cli.app import main
+if __name__ == '__main__':
+    main()
+"""
 
 
 @dataclass
@@ -46,10 +56,26 @@ class Shell:
             stdout, stderr = process.communicate(stdin, timeout=PATIENCE)
         return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
 
-    def start(self, *args: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-W", "error", str(self._script), *args]
+    def command(self, *args: str) -> list[str]:
+        return [sys.executable, "-W", "error", str(self._script), *args]
+
+    def sh(self, line: str, *args: str) -> subprocess.CompletedProcess[str]:
+        """Run the command by a shell's line, in which it stands as "$@"."""
+        command = ["/bin/sh", "-c", line, "sh", *self.command(*args)]
+        return subprocess.run(
+            command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
+
+    @contextlib.contextmanager
+    def start(self, *args: str) -> Iterator[subprocess.Popen[str]]:
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=self.folder, env=self.env, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        with subprocess.Popen(
+            self.command(*args), cwd=self.folder, env=self.env, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()  # nothing to a process that has ended and was waited for
 
 
 def records(text: str) -> list[dict[str, Any]]:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
+import json
 import os
 import pickle
 import threading
@@ -12,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shpool.batch import JOBS_PER_WORKER, Job, JobResult, RetryPolicy, TimedCall, run_batch, worker_count
+from shpool.batch import JOBS_PER_WORKER, Job, JobResult, RetryPolicy, TimedCall, place_of, run_batch, worker_count
 from shpool.jobs import make_jobs
 from shpool.retry import Backoff
+from shpool.targets import Target
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -341,3 +344,18 @@ def test_processes_time_their_jobs_and_bring_errors_home() -> None:
     assert sorted(result.result for result in done) == [8, 1024]
     assert isinstance(failed.error, ValueError)
     assert 0 <= failed.seconds < 0.2, "measured in the worker, not from the submission on"
+
+
+def test_tasks_are_named_after_the_function_and_not_after_the_stopwatch() -> None:
+    assert getattr(pickle.loads(pickle.dumps(TimedCall(double))), "__qualname__", None) == "double"
+    assert getattr(TimedCall(functools.partial(double, 1)), "__qualname__", None) == "partial"
+    assert getattr(TimedCall(Target("tiles", "fetch", "")), "__qualname__", None) == "tiles:fetch"
+
+
+def test_an_error_tells_the_line_of_the_user() -> None:
+    """The innermost that is not a library's: json raises, the lambda's line is told."""
+    with pytest.raises(ValueError, match="Expecting") as caught:
+        TimedCall(lambda text: json.loads(text))("oops")  # noqa: PLW0108 - a frame of ours
+    line = inspect.currentframe().f_lineno - 1  # type: ignore[union-attr]  # CPython has frames
+    assert place_of(caught.value) == f"test_batch.py:{line}"
+    assert place_of(ValueError("never raised")) == ""

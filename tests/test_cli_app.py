@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -43,6 +46,7 @@ def test_token_shows_claims_but_not_the_token(shell: Shell, server: LoopbackServ
     done = shell.run("token", *shell.log_in_at(server))
     assert done.returncode == 0, done.stderr
     lines = dict(line.split(":", 1) for line in done.stdout.splitlines())
+    assert lines["scope"].strip() == "not told"
     assert list(lines) == ["issuer", "client", "scope", "expires", "claims"]
     assert json.loads(lines["claims"])["iss"] == lines["issuer"].strip()
     assert lines["client"].strip() == server.client_id
@@ -84,6 +88,18 @@ def test_token_from_a_silent_endpoint_exits_3(shell: Shell, server: LoopbackServ
 def test_a_token_url_without_tls_is_bad_usage(shell: Shell, server: LoopbackServer) -> None:
     shell.log_in_at(server)
     assert_told(shell.run("token", "--token-url", "http://example.org/token"), 2, "https")
+
+
+def test_an_empty_client_id_is_not_replaced_by_another(shell: Shell) -> None:
+    shell.env["SH_CLIENT_ID"] = "invented"
+    assert_told(shell.run("token", "--client-id", ""), 2, "--client-id is empty")
+
+
+def test_a_profile_where_there_are_none_is_not_to_be_chosen(shell: Shell) -> None:
+    for command in (["config", "show"], ["token"]):
+        done = shell.run(*command, "--profile", "nope")
+        assert_told(done, 2, "no profile 'nope'", "shpool config set NAME VALUE --profile nope")
+        assert "SH_PROFILE" not in done.stderr
 
 
 def test_scope_needs_a_token_url(shell: Shell) -> None:
@@ -173,7 +189,8 @@ def test_help_tells_exit_codes_or_options(shell: Shell, command: list[str]) -> N
         (["run", "--nonsense"], "--nonsense"),
         (["run"], "TARGET"),
         (["nonsense"], "nonsense"),
-        (["run", "a:b", "c", "--workers", "many"], "--workers"),
+        (["run", "a:b", "c", "--workers", "many"], "'--workers' / '-w': 'many' is not a whole number of at least 1"),
+        (["demo", "--tiles", "some"], "'some' is not a whole number"),
         (["run", "a:b", "c", "--format", "xml"], "--format"),
     ],
 )
@@ -190,10 +207,10 @@ def test_no_command_is_bad_usage(shell: Shell) -> None:
 def test_a_bug_is_reported_without_message_and_locals(shell: Shell) -> None:
     """Whatever a future mistake raises may hold a secret."""
     code = (
-        "import shpool_cli.app as app\n"
-        "@app.app.command()\n"
+        "import shpool_cli.app, shpool_cli.commands\n"
+        "@shpool_cli.commands.app.command()\n"
         f"def crash():\n    secret = {SECRET!r}\n    raise KeyError(secret)\n"
-        "app.main(['crash'])\n"
+        "shpool_cli.app.main(['crash'])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env=shell.env, capture_output=True, text=True, timeout=PATIENCE, check=False
@@ -210,7 +227,7 @@ def test_what_a_server_says_cannot_steer_the_terminal(shell: Shell, server: Loop
     assert "\x1b" not in done.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_during_the_login_ends_at_once(
     shell: Shell, server: LoopbackServer, number: signal.Signals, code: int
 ) -> None:
@@ -233,9 +250,98 @@ def test_a_signal_during_the_login_ends_at_once(
 def test_help_imports_neither_engines_nor_the_http_stack() -> None:
     code = (
         "import sys\n"
-        "import shpool_cli.app\n"
+        "import shpool_cli.commands\n"
         "heavy = {'requests', 'requests_oauthlib', 'oauthlib', 'loky', 'tqdm', 'rich', 'numpy', 'shpool.pool'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_signals_find_their_handling_before_the_heavy_imports() -> None:
+    code = "import sys, shpool_cli.app; print(sorted({'typer', 'shpool', 'json', 'inspect'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_an_interruption_while_the_commands_are_imported_is_one_line(shell: Shell) -> None:
+    (shell.folder / "bin" / "typer.py").write_text("raise KeyboardInterrupt\n")
+    done = shell.run("--help")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("args", [["config", "show"], ["--help"], ["token"]])
+def test_a_reader_that_has_gone_is_no_trouble(shell: Shell, server: LoopbackServer, args: list[str]) -> None:
+    """As in ``shpool config show | head -1``."""
+    options = shell.log_in_at(server) if args == ["token"] else []
+    # The reader is gone before the command begins; the last command of the pipe line gives its exit code on.
+    done = shell.sh('{ sleep 0.2; "$@"; echo $? >code; } | true', *args, *options)
+    deadline = time.monotonic() + PATIENCE
+    while not (shell.folder / "code").exists() or not (shell.folder / "code").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert (shell.folder / "code").read_text() == "0\n"
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("args", [["config", "show"], ["--help"], ["--version"], ["token"]])
+def test_a_full_disk_is_told_once(shell: Shell, server: LoopbackServer, args: list[str]) -> None:
+    options = shell.log_in_at(server) if args == ["token"] else []
+    done = shell.sh('"$@" >/dev/full', *args, *options)
+    assert_told(done, 1, "standard output cannot be written: No space left on device")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_descriptors_are_no_trouble(shell: Shell, server: LoopbackServer, closed: str) -> None:
+    done = shell.sh(f'"$@" {closed}', "token", *shell.log_in_at(server))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert server.logins == 1
+
+
+def test_a_configuration_that_cannot_be_written_is_named(shell: Shell) -> None:
+    shell.env["XDG_CONFIG_HOME"] = "/proc/nowhere"
+    done = shell.run("config", "set", "instance_id", "x")
+    assert_told(done, 2, "/proc/nowhere/sentinelhub/config.toml: cannot be written: ")
+
+
+def answer(shell: Shell, keys: bytes, *args: str) -> tuple[int, str]:
+    """Run a command on a terminal, press the keys when it asks, and return its exit code and what it said."""
+    ours, theirs = pty.openpty()
+    said = b""
+    with subprocess.Popen(
+        shell.command(*args), env=shell.env, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    ) as process:
+        os.close(theirs)
+        try:
+            has_answered = False
+            while select.select([ours], [], [], PATIENCE)[0]:
+                try:
+                    said += os.read(ours, 4096)
+                except OSError:  # the other end is closed
+                    break
+                if b": " in said and not has_answered:
+                    os.write(ours, keys)
+                    has_answered = True
+        finally:
+            process.kill()
+            os.close(ours)
+    return process.returncode, said.decode()
+
+
+@pytest.mark.parametrize("keys", [b"\x04", b"\n"])
+def test_no_answer_for_a_secret_leaves_the_stored_one(shell: Shell, keys: bytes) -> None:
+    config_file(shell).parent.mkdir(parents=True)
+    config_file(shell).write_text(f'[default-profile]\nsh_client_secret = "{SECRET}"\n')
+    config_file(shell).chmod(0o600)
+    code, said = answer(shell, keys, "config", "set", "sh_client_secret")
+    assert code == 2
+    assert "error: no sh_client_secret was given" in said
+    assert "hint: " in said
+    assert SECRET in config_file(shell).read_text()
+
+
+@pytest.mark.parametrize("keys", [b"\x04", b"\n"])
+def test_no_answer_for_a_secret_is_no_login(shell: Shell, keys: bytes) -> None:
+    code, said = answer(shell, keys, "token", "--client-id", "invented")
+    assert code == 3
+    assert "error: there is no client secret for invented" in said

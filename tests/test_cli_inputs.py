@@ -71,6 +71,11 @@ def test_a_line_that_is_not_json_is_named(line: str) -> None:
     assert refused(f"1\n\n{line}\n4\n", Format.JSONL).startswith("jobs, line 3: ")
 
 
+@pytest.mark.parametrize("line", ['{"a": 1, "b": 2, "a": 3}', '[{"x": {"a": 1, "a": 1}}]'])
+def test_a_key_that_stands_twice_is_named(line: str) -> None:
+    assert refused(f"1\n{line}\n", Format.JSONL).startswith("jobs, line 2: the key 'a' stands twice")
+
+
 @pytest.mark.parametrize(("row", "fields"), [("1", 1), ("1,2,3", 3)])
 def test_a_row_of_another_length_is_named(row: str, fields: int) -> None:
     assert refused(f"a,b\n1,2\n{row}\n", Format.CSV).startswith(f"jobs, line 3: {fields} fields where the header has 2")

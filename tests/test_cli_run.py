@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 TILES = """
+import os
 import pathlib
 import time
 import urllib.request
@@ -54,6 +55,9 @@ def fail_once(path):
 
 def strange(number):
     return object() if number else number
+
+def die(number):
+    os._exit(1)
 
 def linger(number):
     pathlib.Path(f"begun-{number}").touch()
@@ -121,7 +125,8 @@ def test_failed_jobs_are_recorded_and_exit_1(shell: Shell, server: LoopbackServe
     done = shell.run("run", "tiles:fail_odd", "three.jsonl", "-w", "1", *shell.log_in_at(server))
     assert done.returncode == 1
     assert [record["status"] for record in records(done.stdout)] == ["done", "failed", "done"]
-    assert records(done.stdout)[1]["error"] == "ValueError: bad tile 1"
+    line = 1 + TILES[: TILES.index("raise ValueError")].count("\n")
+    assert records(done.stdout)[1]["error"] == f"ValueError: bad tile 1 (tiles.py:{line})"
     assert done.stderr.startswith("3 jobs, 1 failed, ")
 
 
@@ -278,7 +283,8 @@ def test_a_secret_from_a_file_will_do(shell: Shell, server: LoopbackServer) -> N
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "hung up")],
 )
 def test_a_stopped_run_keeps_its_results_and_leaves_no_process(
     shell: Shell, server: LoopbackServer, number: signal.Signals, code: int, word: str
@@ -315,6 +321,52 @@ def test_a_reader_that_leaves_ends_the_run(shell: Shell, server: LoopbackServer)
     assert process.returncode == 1
     assert "Traceback" not in stderr
     assert "error: cannot write results to standard output: Broken pipe" in stderr
+
+
+def test_a_full_disk_is_told_once(shell: Shell, server: LoopbackServer) -> None:
+    done = shell.sh('"$@" >/dev/full', "run", "tiles:length", "jobs.txt", "-w", "1", *shell.log_in_at(server))
+    assert done.returncode == 2, "there is no jobs.txt yet"
+    shell.write("jobs.txt", "abc\n")
+    done = shell.sh('"$@" >/dev/full', "run", "tiles:length", "jobs.txt", "-w", "1", *shell.log_in_at(server))
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert lines[0] == "error: cannot write results to standard output: No space left on device"
+    assert [line.split()[0] for line in lines[1:]] == ["hint:", "0"]
+
+
+def test_a_summary_that_cannot_be_written_fails_the_run(shell: Shell, server: LoopbackServer) -> None:
+    options = ["-w", "1", "--json", "--output", "out.jsonl", *shell.log_in_at(server)]
+    done = shell.sh('"$@" >/dev/full', "run", "tiles:double", "three.jsonl", *options)
+    assert done.returncode == 1
+    assert "error: standard output cannot be written: No space left on device" in done.stderr
+    assert "bug" not in done.stderr
+
+
+def test_a_closed_stdout_is_no_trouble(shell: Shell, server: LoopbackServer) -> None:
+    options = ["-w", "1", "--output", "out.jsonl", *shell.log_in_at(server)]
+    done = shell.sh('"$@" >&-', "run", "tiles:length", "-", *options)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_lost_worker_names_the_function(shell: Shell, server: LoopbackServer) -> None:
+    done = shell.run("run", "tiles:die", "three.jsonl", "-w", "1", *shell.log_in_at(server))
+    assert done.returncode == 1
+    errors = [record["error"] for record in records(done.stdout)]
+    assert all("tiles:die" in error and "TimedCall" not in error for error in errors), errors
+
+
+def test_the_bar_moves_while_a_job_runs(shell: Shell, server: LoopbackServer) -> None:
+    shell.write("one.jsonl", "1\n")
+    with shell.start("run", "tiles:linger", "one.jsonl", "-w", "1", "--progress", *shell.log_in_at(server)) as process:
+        assert process.stderr is not None
+        said = ""
+        while not ("00:01<" in said and "00:02<" in said and "token 3" in said):
+            piece = process.stderr.read(1)
+            assert piece, said
+            said += piece
+        process.terminate()
+        end(process)
 
 
 def test_the_secret_is_in_no_argument_and_no_environment_of_a_worker(shell: Shell, server: LoopbackServer) -> None:

@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -87,7 +88,18 @@ def test_the_bar_leaves_no_thread() -> None:
     before = threading.active_count()
     with Progress(1, desc="tiles", enabled=True, stream=Terminal()) as progress:
         progress.done()
-        assert threading.active_count() == before
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+
+
+def test_the_bar_moves_while_nothing_ends() -> None:
+    stream = Terminal()
+    left = iter(range(50, 0, -1))
+    with Progress(1, desc="tiles", stream=stream, token=lambda: float(next(left)), tick=0.01):
+        deadline = time.monotonic() + 20
+        while "token 47 s" not in stream.getvalue():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_standard_output_stays_empty(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,72 +1,16 @@
-"""The command line, put together: the commands, the signals, and the border where errors become words."""
+"""The entry of the command line: descriptors and signals first, the commands and all they import after that."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import signal
 import sys
-import traceback
-import warnings
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
-
-import typer
-
-from shpool.errors import ShpoolError, SHUserWarning
-from shpool_cli import settings
-from shpool_cli.console import CommandError, ExitCode, report, say
-from shpool_cli.demo import demo
-from shpool_cli.run import run
-from shpool_cli.tokeninfo import token
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import FrameType
-
-app = typer.Typer(
-    name="shpool",
-    help="One login, every process: run functions in worker processes that share one OAuth2 token.",
-    epilog="Exit codes: 0 all done, 1 some jobs failed, 2 bad usage or input, 3 no login, 130 interrupted, "
-    "143 terminated.",
-    add_completion=False,  # its option would change shell start-up files
-    rich_markup_mode=None,  # plain text: importing rich doubles the time of --help
-    pretty_exceptions_enable=False,
-    pretty_exceptions_show_locals=False,  # locals hold secrets
-)
-app.command()(run)
-app.command()(token)
-app.add_typer(settings.app, name="config")
-app.command()(demo)
-
-# typer brings its own copy of click in some versions and uses the package in others: only this way is there in both.
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-
-
-def _print_version(asked: bool) -> None:  # noqa: FBT001 - typer calls it so
-    if asked:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            number = version("shpool")
-        except PackageNotFoundError:
-            number = "(a checkout that is not installed)"
-        typer.echo(f"shpool {number}")
-        raise typer.Exit
-
-
-@app.callback(invoke_without_command=True)
-def _common(
-    context: typer.Context,
-    *,
-    _version: Annotated[
-        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
-    ] = False,
-) -> None:
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help(), err=True)
-        raise typer.Exit(ExitCode.USAGE)
+    from typing import NoReturn
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -75,73 +19,52 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Args:
         arguments: Without the program's name; None takes those of this process.
     """
-    code = _run(sys.argv[1:] if arguments is None else list(arguments))
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:  # as in `shpool token | head -1`: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _open_descriptors()
+        _end_on(signal.SIGTERM, signal.SIGHUP)
+        # Imported here: ^C during the first tenth of a second must find the handling in place.
+        from shpool_cli.commands import run_command
+        from shpool_cli.console import guard_stdout
+
+        guard_stdout()
+        code = run_command(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        os.write(2, b"interrupted\n")
+        code = 128 + signal.SIGINT
     sys.exit(code)
 
 
-def _run(arguments: list[str]) -> int:
-    signal.signal(signal.SIGTERM, _terminate)
-    _speak_plainly()
-    command = typer.main.get_command(app)
+def _open_descriptors() -> None:
+    """Give a process that was started without standard streams, as by ``>&-``, ones that lead nowhere.
+
+    Else the next file to be opened becomes standard output, and ``sys.stdout`` is None.
+    """
+    for number in range(3):
+        if not _is_open(number):
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+            os.set_inheritable(number, True)
+    for name, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115 - as long as the process, and no path
+
+
+def _is_open(number: int) -> bool:
     try:
-        with command.make_context("shpool", arguments) as context:
-            command.invoke(context)
-    except typer.Exit as stop:
-        return stop.exit_code
-    except (ShpoolError, CommandError) as error:
-        return report(error)
-    except _UsageError as error:
-        return _report_usage(error)
-    except (KeyboardInterrupt, typer.Abort):
-        say("interrupted")
-        return ExitCode.INTERRUPTED
-    except Exception as error:  # noqa: BLE001 - the border: whatever this is, it is ours to mend
-        return _report_bug(error)
-    return ExitCode.OK
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
 
 
-def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
-    """End on SIGTERM as on ^C: every ``with`` and ``finally`` on the way out cleans up."""
-    raise SystemExit(ExitCode.TERMINATED)
+def _end_on(*numbers: signal.Signals) -> None:
+    """End on these signals as on ^C: every ``with`` and ``finally`` on the way out cleans up."""
+    for number in numbers:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+            signal.signal(number, _end)
 
 
-def _speak_plainly() -> None:
-    """Show our warnings and the library's log in the form of all other lines."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    logging.addLevelName(logging.WARNING, "warning")
-    logging.addLevelName(logging.ERROR, "error")
-    usual = warnings.showwarning
-
-    def show(message: Warning | str, category: type[Warning], *where: object) -> None:
-        if issubclass(category, SHUserWarning):
-            say(f"warning: {message}")
-        else:
-            usual(message, category, *where)  # type: ignore[arg-type]  # passed on as they came
-
-    warnings.showwarning = show  # type: ignore[assignment]  # keyword arguments are never used by the interpreter
-
-
-def _report_usage(error: Exception) -> ExitCode:
-    context = getattr(error, "ctx", None)
-    path = context.command_path if context is not None else "shpool"
-    say(f"error: {error.format_message()}")  # type: ignore[attr-defined]  # every click exception has it
-    say(f"hint: {path} --help lists what there is")
-    return ExitCode.USAGE
-
-
-def _report_bug(error: Exception) -> ExitCode:
-    """Say what to report: type and places, but no message and no locals, which may hold a secret."""
-    with contextlib.suppress(ValueError):
-        frames = traceback.extract_tb(error.__traceback__)[-4:]
-        places = " > ".join(f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in frames)
-        say(f"error: shpool failed with an unexpected {type(error).__name__}")
-        say(f"cause: {places}")
-        say("hint: this is a bug in shpool; please report these lines and the command")
-    return ExitCode.FAILED
+def _end(number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import sys
 from enum import IntEnum
@@ -13,6 +15,8 @@ from shpool.errors import ConfigError, InputError, LoginError, ShpoolError, Toke
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from typing_extensions import Buffer
+
 
 class ExitCode(IntEnum):
     """How a command ended."""
@@ -21,6 +25,7 @@ class ExitCode(IntEnum):
     FAILED = 1  # some jobs failed, or shpool itself did
     USAGE = 2  # bad usage or bad input
     LOGIN = 3  # login refused, or no token
+    HUNG_UP = 129  # 128 + SIGHUP
     INTERRUPTED = 130  # 128 + SIGINT
     TERMINATED = 143  # 128 + SIGTERM
 
@@ -103,5 +108,38 @@ def private_stdout() -> Iterator[BinaryIO]:
         sys.stdout.flush()
         os.dup2(ours, 1)
         os.close(ours)
-        with contextlib.suppress(BrokenPipeError):  # the reader has gone; the writer was told before
+        with contextlib.suppress(OSError):  # whoever wrote to it has flushed, and was told
             stream.close()
+
+
+def guard_stdout() -> None:
+    """Replace ``sys.stdout`` by one whose trouble is told as such, whoever prints: we, or the parser its help."""
+    usual = sys.stdout
+    sys.stdout = io.TextIOWrapper(
+        io.BufferedWriter(_Stdout(1, "wb", closefd=False)),
+        encoding=usual.encoding,
+        errors=usual.errors,
+        line_buffering=usual.isatty(),
+    )
+
+
+class _Stdout(io.FileIO):
+    """Descriptor 1. After a failure it leads nowhere, so that nothing fails again at the end of the process."""
+
+    def write(self, content: Buffer) -> int:
+        """Write to it; what a reader that has gone, as in ``shpool token | head -1``, does not take is dropped.
+
+        Raises:
+            CommandError: It takes no more, as on a full disk.
+        """
+        try:
+            return super().write(content)
+        except OSError as exc:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.close(nowhere)
+            if exc.errno == errno.EPIPE:
+                return memoryview(content).nbytes
+            reason = exc.strerror
+        msg = f"standard output cannot be written: {reason}"
+        raise CommandError(msg, "make room, or send it elsewhere", ExitCode.FAILED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from shpool.errors import LoginError
-from shpool_cli.console import CommandError, ExitCode
+from shpool_cli.console import CommandError, ExitCode, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,15 +71,16 @@ def make_session(options: LoginOptions, *, may_prompt: bool = True) -> OAuthSess
         may_prompt: Ask for a missing secret where there is a terminal.
 
     Raises:
-        CommandError: Credentials are missing, or the secret's file cannot be read.
+        CommandError: Credentials are missing, or the secret's file cannot be read, or there are no profiles.
         ConfigError: The configuration cannot be used.
     """
-    from shpool.config import SHConfig
-
+    if options.client_id == "":
+        msg = "--client-id is empty"
+        raise CommandError(msg, "give the id, or leave --client-id out")
     if options.scope is not None and options.token_url is None:
         msg = "--scope goes with --token-url"
         raise CommandError(msg, "add --token-url, or leave --scope out")
-    config = SHConfig(options.profile)
+    config = read_config(options.profile)
     client_id = options.client_id or config.sh_client_id
     if not client_id:
         hint = "set SH_CLIENT_ID, give --client-id, or run: shpool config set sh_client_id ID"
@@ -89,6 +91,24 @@ def make_session(options: LoginOptions, *, may_prompt: bool = True) -> OAuthSess
         return _session(options, config, client_id, secret)
     except ValueError as exc:
         raise CommandError(str(exc), "check --token-url or sh_token_url") from None
+
+
+def read_config(profile: str | None) -> SHConfig:
+    """Return the settings in effect.
+
+    Raises:
+        CommandError: A profile is asked for and there is none at all.
+        ConfigError: The configuration cannot be used.
+    """
+    from shpool.config import DEFAULT_PROFILE, SHConfig
+    from shpool.configfile import read_profiles
+
+    path = SHConfig.get_config_location()
+    name = profile or os.environ.get("SH_PROFILE") or DEFAULT_PROFILE
+    if name != DEFAULT_PROFILE and not read_profiles(Path(path)):
+        msg = f"{path}: no profile {name!r}; there are none"
+        raise CommandError(msg, f"make it with: shpool config set NAME VALUE --profile {name}")
+    return SHConfig(profile)
 
 
 def _session(options: LoginOptions, config: SHConfig, client_id: str, secret: str) -> OAuthSession:
@@ -141,12 +161,21 @@ def _secret(path: Path | None, config: SHConfig, client_id: str, *, may_prompt: 
     if config.sh_client_secret:
         return config.sh_client_secret
     if may_prompt and is_interactive():
-        secret = getpass.getpass(f"Client secret of {client_id}: ", stream=sys.stderr)
+        secret = ask_secret(f"Client secret of {client_id}: ")
         if secret:
             return secret
     hint = "set SH_CLIENT_SECRET, give --client-secret-file, or run: shpool config set sh_client_secret"
     msg = f"there is no client secret for {client_id}"
     raise CommandError(msg, hint, ExitCode.LOGIN)
+
+
+def ask_secret(prompt: str) -> str:
+    """Ask for a secret without showing it; nothing, or ^D, is empty text."""
+    try:
+        return getpass.getpass(prompt, stream=sys.stderr)
+    except EOFError:
+        say("")  # ends the prompt's line
+        return ""
 
 
 def read_secret(path: Path) -> str:

@@ -17,6 +17,7 @@ import typer
 from shpool.refresh import LARGEST_SHARE, REFRESH_POINT
 from shpool.tokens import boot_time
 from shpool_cli.console import ExitCode, say
+from shpool_cli.options import at_least
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -54,14 +55,18 @@ class Outcome:
     unauthorized: int = 0
 
     @property
-    def is_good(self) -> bool:
-        """Tell whether every tile was right, none was refused, and each lifetime took one login.
+    def most_logins(self) -> int:
+        """The logins that sharing may take: one for each lifetime entered, and one more.
 
-        One more is allowed, since the next token is asked for before the present one ends; and on a machine so
-        slow that the run takes six lifetimes or more, what these early refreshes add up to.
+        That one, since the next token is asked for before the present one ends; and on a machine so slow that
+        the run takes six lifetimes or more, what these early refreshes add up to.
         """
-        most_logins = math.floor(self.lifetimes / (1 - _EARLIEST_REFRESH)) + 1
-        return self.right == self.tiles and self.unauthorized == 0 and self.logins <= most_logins
+        return math.floor(self.lifetimes / (1 - _EARLIEST_REFRESH)) + 1
+
+    @property
+    def is_good(self) -> bool:
+        """Tell whether every tile was right, none was refused, and there were no more logins than allowed."""
+        return self.right == self.tiles and self.unauthorized == 0 and self.logins <= self.most_logins
 
     def table(self) -> str:
         """Return label and value in aligned columns."""
@@ -72,8 +77,9 @@ class Outcome:
             "workers": f"{self.workers}",
             "token lifetimes entered": f"{self.lifetimes}",
             "logins, counted by the server": f"{self.logins}",
+            "of these, refreshes": f"{self.refreshes}",
+            "logins allowed, at most": f"{self.most_logins}",
             "logins of a plain pool": f"{self.plain_pool_logins}",
-            "refreshes": f"{self.refreshes}",
             "answers 401": f"{self.unauthorized}",
         }
         label_width, value_width = max(map(len, rows)), max(map(len, rows.values()))
@@ -82,8 +88,12 @@ class Outcome:
 
 def demo(
     *,
-    tiles: Annotated[int, typer.Option("--tiles", min=1, help="Tiles to download and compute on.")] = 300,
-    workers: Annotated[int, typer.Option("--workers", "-w", min=1, help="Worker processes.")] = 4,
+    tiles: Annotated[
+        int, typer.Option("--tiles", parser=at_least(1), metavar="INTEGER", help="Tiles to download and compute on.")
+    ] = 300,
+    workers: Annotated[
+        int, typer.Option("--workers", "-w", parser=at_least(1), metavar="INTEGER", help="Worker processes.")
+    ] = 4,
     progress: Annotated[
         bool | None, typer.Option("--progress/--no-progress", help="Bar on stderr.", show_default="on a terminal")
     ] = None,
@@ -94,7 +104,7 @@ def demo(
     Starts a server on this machine whose tokens live 2 seconds, downloads tiles in worker processes that share
     one login, computes on each, checks every result and prints what the server counted. Takes about 8 seconds.
 
-    Exit codes: 0 all tiles right, no 401 and one login per token lifetime; 1 otherwise.
+    Exit codes: 0 all tiles right, no 401 and no more logins than token lifetimes and one; 1 otherwise.
     """
     raise typer.Exit(run_demo(tiles, workers, progress=progress, as_json=as_json))
 
@@ -135,13 +145,18 @@ def _run(server: LoopbackServer, outcome: Outcome, progress: bool | None) -> Out
     session = OAuthSession(server.token_url, server.client_id, server.client_secret)
     began = time.monotonic()
     with AuthenticatedProcessPool(session, max_workers=outcome.workers) as pool:
-        with Progress(outcome.tiles, desc="demo", unit="tile", enabled=progress) as bar:
+
+        def seconds_left() -> float | None:
+            return pool.stats().token_remaining
+
+        with Progress(outcome.tiles, desc="demo", unit="tile", enabled=progress, token=seconds_left) as bar:
             _process_all(server, pool, outcome, bar)
         outcome.seconds = round(time.monotonic() - began, 3)
-        outcome.refreshes = pool.stats().refreshes
+    # Both now that nobody logs in any more, so that they belong together.
+    outcome.logins = server.logins
+    outcome.refreshes = pool.stats().refreshes
     outcome.megabytes = round(server.bytes_sent / 1e6, 3)
     outcome.lifetimes = math.ceil(outcome.seconds / server.lifetime)
-    outcome.logins = server.logins
     outcome.plain_pool_logins = outcome.workers * outcome.lifetimes
     outcome.unauthorized = server.unauthorized
     return outcome
@@ -162,7 +177,6 @@ def _process_all(server: LoopbackServer, pool: AuthenticatedProcessPool, outcome
             bar.done()
         else:
             bar.failed()
-        bar.update_token(pool.stats().token_remaining)
 
 
 def _is_right(future: Future[Summary], n: int) -> bool:

@@ -39,6 +39,23 @@ class Format(str, Enum):
 _SUFFIXES = {".jsonl": Format.JSONL, ".ndjson": Format.JSONL, ".json": Format.JSONL, ".csv": Format.CSV}
 
 
+class _RepeatedKeyError(ValueError):
+    """A JSON object has a key twice, of which the reader would silently take the last."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _RepeatedKeyError(key)
+        found[key] = value
+    return found
+
+
 class Input:
     """The calls of one input.
 
@@ -90,7 +107,11 @@ class Input:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
+                value = json.loads(line, object_pairs_hook=_unique)
+            except _RepeatedKeyError as exc:
+                raise InputError(
+                    self._place(number), f"the key {exc.key!r} stands twice", "name each key once"
+                ) from None
             except RecursionError:
                 raise InputError(self._place(number), "its JSON is nested too deeply", "flatten it") from None
             except ValueError as exc:

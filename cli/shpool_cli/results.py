@@ -102,9 +102,18 @@ def _line(result: JobResult) -> bytes:
     if result.error is None:
         fields["result"] = result.result
     else:
-        fields["error"] = f"{type(result.error).__name__}: {result.error}".removesuffix(": ")
+        fields["error"] = _in_words(result.error)
     fields |= {"attempts": result.attempts, "seconds": round(result.seconds, 6)}
     return f"{to_json(fields)}\n".encode()
+
+
+def _in_words(error: BaseException) -> str:
+    """Return type, text and, where the worker could tell, the user's line."""
+    from shpool.batch import place_of
+
+    place = place_of(error)
+    text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    return f"{text} ({place})" if place else text
 
 
 def to_json(value: object) -> str:

@@ -25,6 +25,7 @@ from shpool_cli.credentials import (
     make_session,
 )
 from shpool_cli.inputs import Format, Input, open_input
+from shpool_cli.options import at_least
 from shpool_cli.results import ResultWriter, open_output
 
 if TYPE_CHECKING:
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
     from shpool.progress import Progress
     from shpool.session import OAuthSession
     from shpool.targets import Target
-
-# Asking the pool for its counters costs more than counting a result.
-_SECONDS_BETWEEN_STATS = 0.5
 
 
 @dataclass
@@ -65,7 +63,11 @@ class Summary:
         self.logins, self.refreshes = stats.logins, stats.refreshes
 
     def __str__(self) -> str:
-        word = {ExitCode.INTERRUPTED: "interrupted: ", ExitCode.TERMINATED: "terminated: "}
+        word = {
+            ExitCode.HUNG_UP: "hung up: ",
+            ExitCode.INTERRUPTED: "interrupted: ",
+            ExitCode.TERMINATED: "terminated: ",
+        }
         finished = self.done + self.failed
         jobs = (
             _counted(finished, "job") if finished == self.jobs else f"{finished} of {_counted(self.jobs or 0, 'job')}"
@@ -100,13 +102,22 @@ def run(  # noqa: PLR0913 - options of a command line
     source: Annotated[str, typer.Argument(metavar="INPUT", help="A file, or - for standard input.")],
     *,
     workers: Annotated[
-        int | None, typer.Option("--workers", "-w", min=1, help="Worker processes.", show_default="one per processor")
+        int | None,
+        typer.Option(
+            "--workers",
+            "-w",
+            parser=at_least(1),
+            metavar="INTEGER",
+            help="Worker processes, at least 1.",
+            show_default="one per processor",
+        ),
     ] = None,
     retries: Annotated[
         int,
         typer.Option(
             "--retries",
-            min=0,
+            parser=at_least(0),
+            metavar="INTEGER",
             help="Further attempts for a job that met a lost worker, a broken connection, a timeout, "
             "or HTTP 408, 425, 429 or 5xx.",
         ),
@@ -148,7 +159,8 @@ def run(  # noqa: PLR0913 - options of a command line
     line is written at once, so an interrupted run keeps them. Dates, paths, bytes (base64), dataclasses and NumPy
     values are converted, NaN becomes null; what has no JSON form fails its job.
 
-    Exit codes: 0 all done, 1 some jobs failed, 2 bad usage or input, 3 no login, 130 interrupted, 143 terminated.
+    Exit codes: 0 all done, 1 some jobs failed, 2 bad usage or input, 3 no login, 129 hung up, 130 interrupted,
+    143 terminated.
     """
     login = LoginOptions(profile, token_url, client_id, client_secret_file, scope)
     order = _Order(target, source, form, output, workers, retries, progress, login)
@@ -170,13 +182,23 @@ def _code_of(stop: BaseException) -> ExitCode:
     """Return the exit code of what ended a run early; errors are told, stops by the user are in the summary."""
     if isinstance(stop, (ShpoolError, CommandError)):
         return report(stop)
-    return ExitCode.INTERRUPTED if isinstance(stop, KeyboardInterrupt) else ExitCode.TERMINATED
+    if isinstance(stop, KeyboardInterrupt):
+        return ExitCode.INTERRUPTED
+    has_hung_up = isinstance(stop, SystemExit) and stop.code == ExitCode.HUNG_UP
+    return ExitCode.HUNG_UP if has_hung_up else ExitCode.TERMINATED
 
 
 def _conclude(summary: Summary, stdout: BinaryIO | None, *, as_json: bool) -> None:
     text = json.dumps(asdict(summary))
     if as_json and stdout is not None:
-        stdout.write(f"{text}\n".encode())
+        try:
+            stdout.write(f"{text}\n".encode())
+            stdout.flush()
+        except BrokenPipeError:
+            pass  # nobody is left to tell
+        except OSError as exc:
+            error = f"standard output cannot be written: {exc.strerror}"
+            summary.exit_code = report(CommandError(error, "the results are in --output", ExitCode.FAILED))
     say(text if as_json and stdout is None else str(summary))
 
 
@@ -226,16 +248,17 @@ def _run_jobs(order: _Order, session: OAuthSession, work: _Work, summary: Summar
         summary.jobs = work.count
         jobs = make_jobs(str(work.target), work.source.calls())
         batch = run_batch(pool, work.target, jobs, retries=order.retries, retry_after_unit=session.retry_after_unit)
-        look = _seldom(lambda: pool.stats().token_remaining)
+
+        def seconds_left() -> float | None:
+            return pool.stats().token_remaining
+
         try:
             with (
                 contextlib.closing(batch) as results,
-                Progress(work.count, desc=work.target.name, enabled=order.progress) as bar,
+                Progress(work.count, desc=work.target.name, enabled=order.progress, token=seconds_left) as bar,
             ):
                 for result in results:
                     _record(work.writer.write(result), summary, bar)
-                    if bar.is_shown:
-                        bar.update_token(look())
         finally:
             summary.note(pool.stats())
 
@@ -246,17 +269,3 @@ def _record(result: JobResult, summary: Summary, bar: Progress) -> None:
         bar.done()
     else:
         bar.failed()
-
-
-def _seldom(ask: Callable[[], float | None]) -> Callable[[], float | None]:
-    """Return a function that asks again only every _SECONDS_BETWEEN_STATS, and repeats the answer meanwhile."""
-    due, answer = 0.0, None
-
-    def look() -> float | None:
-        nonlocal due, answer
-        now = time.monotonic()
-        if now >= due:
-            due, answer = now + _SECONDS_BETWEEN_STATS, ask()
-        return answer
-
-    return look

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shpool_cli.console import CommandError, say
-from shpool_cli.credentials import ProfileOption, is_interactive, read_secret
+from shpool_cli.credentials import ProfileOption, ask_secret, is_interactive, read_config, read_secret
 
 if TYPE_CHECKING:
     from shpool.config import SHConfig
@@ -38,9 +36,7 @@ def path() -> None:
 @app.command()
 def show(profile: ProfileOption = None) -> None:
     """Print the settings in effect, those of the environment included; secrets are masked."""
-    from shpool.config import SHConfig
-
-    for name, value in SHConfig(profile).to_dict(mask_credentials=True).items():
+    for name, value in read_config(profile).to_dict(mask_credentials=True).items():
         typer.echo(f"{name} = {json.dumps(value)}")
 
 
@@ -79,7 +75,11 @@ def _value(name: str, value: str | None, from_file: Path | None) -> str:
     if from_file is not None:
         return read_secret(from_file)
     if name in _SECRETS and is_interactive():
-        return getpass.getpass(f"{name}: ", stream=sys.stderr)
+        secret = ask_secret(f"{name}: ")
+        if secret:
+            return secret
+        msg = f"no {name} was given, so nothing was changed"
+        raise CommandError(msg, "give it when asked; to remove the stored one, edit the file shpool config path names")
     msg = f"there is no value for {name}"
     raise CommandError(msg, "add it on a terminal, or with --from-file FILE" if name in _SECRETS else "add VALUE")
 

@@ -62,6 +62,5 @@ def _claims(token: Token) -> dict[str, Any]:
 
 
 def _shown(value: object) -> str:
-    if value is None:
-        return "not told"
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value or "")
+    return text or "not told"
