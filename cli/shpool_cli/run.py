@@ -243,8 +243,13 @@ def _run_jobs(order: _Order, session: OAuthSession, work: _Work, summary: Summar
     def opened() -> AuthenticatedProcessPool:
         return stack.enter_context(AuthenticatedProcessPool(session, max_workers=order.workers))
 
-    with contextlib.ExitStack() as stack:
+    def conclude() -> None:
+        """Count once the pool has ended: its last login is in it then."""
+        summary.note(pool.stats())
+
+    with contextlib.ExitStack() as after, contextlib.ExitStack() as stack:
         pool = log_in_patiently(session, opened)
+        after.callback(conclude)
         summary.jobs = work.count
         jobs = make_jobs(str(work.target), work.source.calls())
         batch = run_batch(pool, work.target, jobs, retries=order.retries, retry_after_unit=session.retry_after_unit)
@@ -252,15 +257,12 @@ def _run_jobs(order: _Order, session: OAuthSession, work: _Work, summary: Summar
         def seconds_left() -> float | None:
             return pool.stats().token_remaining
 
-        try:
-            with (
-                contextlib.closing(batch) as results,
-                Progress(work.count, desc=work.target.name, enabled=order.progress, token=seconds_left) as bar,
-            ):
-                for result in results:
-                    _record(work.writer.write(result), summary, bar)
-        finally:
-            summary.note(pool.stats())
+        with (
+            contextlib.closing(batch) as results,
+            Progress(work.count, desc=work.target.name, enabled=order.progress, token=seconds_left) as bar,
+        ):
+            for result in results:
+                _record(work.writer.write(result), summary, bar)
 
 
 def _record(result: JobResult, summary: Summary, bar: Progress) -> None:

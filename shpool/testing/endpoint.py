@@ -64,8 +64,7 @@ class Endpoint:
         if self._server is not None:
             self._server.close()
             self._server = None
-            for _ in range(3):  # turns of the loop that a connection under way takes from accept to connection_made
-                await asyncio.sleep(0)
+            await _accepted()
         for connection in list(self._connections):
             connection.abort()
         self._held.clear()
@@ -156,6 +155,15 @@ class _Connection(asyncio.Protocol):
         if request is not None:
             self._is_waiting = True
             self._endpoint.receive(self, request)
+
+
+async def _accepted() -> None:
+    """Wait until connections that are being accepted are made: only then can they be closed."""
+    for _ in range(3):  # turns of the loop: a call to accept may be due, and makes a task
+        await asyncio.sleep(0)
+        under_way = asyncio.all_tasks() - {asyncio.current_task()}
+        if under_way:
+            await asyncio.wait(under_way, timeout=1.0)
 
 
 def _bound_socket(port: int) -> socket.socket:
