@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import atexit
 import os
 import sys
@@ -84,14 +85,15 @@ class PoolStats:
     token_remaining: float | None
 
 
-class _Submitting(Executor):
+class _Submitting(Executor, abc.ABC):
     """``submit`` and ``map`` with given retries and timeout; what the pool and its views have in common."""
 
     _retries: int
     _timeout: float | None
 
+    @abc.abstractmethod
     def _running_engine(self) -> Engine:
-        raise NotImplementedError
+        """Return the pool's engine, started if need be."""
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Run ``fn(*args, **kwargs)`` in a worker.

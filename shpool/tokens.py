@@ -1,8 +1,8 @@
 """Tokens: immutable snapshots of what a token endpoint said, and the arithmetic of their expiry.
 
-Two clocks tell the time, and the more pessimistic one wins. The wall clock is what providers speak
-(``exp``, ``expires_at``), yet it can be stepped. The boot clock never steps and goes on while the
-machine sleeps, yet it means nothing on another machine.
+Two clocks tell the time, and where a token is renewed the more pessimistic one wins. The wall clock is what
+providers speak (``exp``, ``expires_at``), yet it can be stepped. The boot clock never steps and goes on while the
+machine sleeps, yet it means nothing on another machine. Readers on the parent's machine go by the boot clock alone.
 """
 
 from __future__ import annotations
