@@ -151,8 +151,8 @@ def _run(server: LoopbackServer, outcome: Outcome, progress: bool | None) -> Out
 
         with Progress(outcome.tiles, desc="demo", unit="tile", enabled=progress, token=seconds_left) as bar:
             _process_all(server, pool, outcome, bar)
-        outcome.seconds = round(time.monotonic() - began, 3)
-    # Both now that nobody logs in any more, so that they belong together.
+    # All now that nobody logs in any more, so that time and logins belong together.
+    outcome.seconds = round(time.monotonic() - began, 3)
     outcome.logins = server.logins
     outcome.refreshes = pool.stats().refreshes
     outcome.megabytes = round(server.bytes_sent / 1e6, 3)
