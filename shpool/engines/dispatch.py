@@ -107,7 +107,7 @@ def _roomiest(members: Iterable[Member], depth: int) -> Member | None:
         flying = len(member.flights)
         if not flying:
             return member
-        if flying < fewest and not member.flights[0].task.batch and not member.has_unsent and _has_just_begun(member):
+        if flying < fewest and not member.flights[0].task.batch and not member.is_full and _has_just_begun(member):
             best, fewest = member, flying
     return best
 

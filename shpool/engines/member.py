@@ -154,8 +154,13 @@ class Member:
         return self.is_ready and not self.is_gone and self.doom is None
 
     @property
-    def has_unsent(self) -> bool:
+    def is_full(self) -> bool:
         """Tell whether the worker's socket was full at the last send."""
+        return bool(self._unsent)
+
+    @property
+    def has_unsent(self) -> bool:
+        """Tell whether ``flush`` has something to send."""
         return bool(self._unsent or self._outbox)
 
     def load(self, flight: Flight) -> None:
