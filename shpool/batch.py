@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shpool.jobs import Job, JobResult
-from shpool.retry import Backoff, is_retryable, retry_after_of
+from shpool.retry import Backoff, RetryPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
@@ -41,35 +41,6 @@ JOBS_PER_WORKER = 4
 # Jobs that wait for their next attempt hold no worker, so they do not count as in flight; yet while a
 # service is down every job fails once, and a lazy input must not pile up in memory.
 _WAITING_PER_WINDOW = 16
-
-
-@dataclass(frozen=True)
-class RetryPolicy:
-    """Decide about failed attempts; pure but for the dice.
-
-    Attributes:
-        retries: Further attempts each job may have.
-        backoff: Waits between them, with full jitter.
-        retry_after_unit: What a number in a ``Retry-After`` header counts at this provider.
-    """
-
-    retries: int = 0
-    backoff: Backoff = Backoff()  # noqa: RUF009 - frozen
-    retry_after_unit: RetryAfterUnit = "s"
-
-    def wait_before_retry(self, error: BaseException, attempt: int, now: float) -> float | None:
-        """Return the seconds to wait before the next attempt, or None when this one was the last.
-
-        A ``Retry-After`` is a floor: jitter comes on top, lest all the jobs refused at once return at once.
-
-        Args:
-            error: What the attempt raised.
-            attempt: Its number, from 1.
-            now: Wall clock, which dates in ``Retry-After`` refer to.
-        """
-        if attempt > self.retries or not is_retryable(error):
-            return None
-        return (retry_after_of(error, now, self.retry_after_unit) or 0.0) + self.backoff.delay(attempt - 1)
 
 
 def run_batch(  # noqa: PLR0913 - the last three are for tests

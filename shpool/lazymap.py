@@ -14,16 +14,17 @@ import queue
 import time
 from collections import deque
 from concurrent import futures
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from shpool.engines.base import BatchResult, Engine, Task
+from shpool.engines.base import NO_RETRIES, BatchResult, Engine, Task
 from shpool.errors import UnpicklableError
-from shpool.retry import is_retryable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from concurrent.futures import Future
+
+    from shpool.retry import RetryPolicy
 
 BATCH_SECONDS = 0.03  # what a batch should take: long against a message, short against a person's patience
 LARGEST_BATCH = 32_768  # items; beyond it batches cost memory and gain nothing
@@ -41,14 +42,14 @@ class MapOptions:
         chunksize: Items a batch; None adapts.
         buffersize: Most items pulled and not yet handed out; None for two batches a worker and one.
         timeout: Seconds from the call within which each result must have come; None for no limit.
-        retries: More attempts for an item that failed retryably.
+        policy: How many more attempts which errors of an item are worth.
         task_timeout: Seconds one attempt of one item may take.
     """
 
     chunksize: int | None = None
     buffersize: int | None = None
     timeout: float | None = None
-    retries: int = 0
+    policy: RetryPolicy = NO_RETRIES
     task_timeout: float | None = None
 
     def __post_init__(self) -> None:
@@ -67,9 +68,10 @@ class MapOptions:
 class BatchSizer:
     """Decide how many items the next batch takes."""
 
-    def __init__(self, workers: int, chunksize: int | None, expected: int | None) -> None:
+    def __init__(self, workers: int, chunksize: int | None, expected: int | None, most: int | None = None) -> None:
         self._workers = workers
-        self._fixed = chunksize
+        self._most = min(most or LARGEST_BATCH, LARGEST_BATCH)
+        self._fixed = chunksize if chunksize is None or most is None else min(chunksize, most)
         self._expected = expected
         self._size = 1
         self._seconds_per_item: float | None = None
@@ -91,7 +93,7 @@ class BatchSizer:
         known = self._seconds_per_item
         self._seconds_per_item = measured if known is None else (known + measured) / 2
         wanted = int(BATCH_SECONDS / max(self._seconds_per_item, 1e-9))
-        self._size = max(1, min(wanted, items * _GROWTH, LARGEST_BATCH))
+        self._size = max(1, min(wanted, items * _GROWTH, self._most))
 
 
 @dataclass(eq=False)  # comparing batches would compare the user's items
@@ -118,6 +120,7 @@ class LazyMap:
             engine.workers,
             1 if options.goes_singly else options.chunksize,
             min(expected) if min(expected) >= 0 else None,
+            engine.largest_batch,
         )
         self._batches_at_most = max(engine.workers * _BATCHES_PER_WORKER + 1, 2)
         self._batches_ever = self._batches_at_most
@@ -199,14 +202,14 @@ class LazyMap:
 
     def _submit(self, items: list[Any]) -> _Batch:
         if self._options.goes_singly:
-            return _Batch(items, self._submit_one(items[0], self._options.retries))
+            return _Batch(items, self._submit_one(items[0], self._options.policy))
         task = Task(self._fn, items, label=self._label, batch=True, star=self._star)
         return _Batch(items, self._engine.submit(task))
 
-    def _submit_one(self, item: Any, retries: int) -> Future[Any]:  # noqa: ANN401 - the user's own items
+    def _submit_one(self, item: Any, policy: RetryPolicy) -> Future[Any]:  # noqa: ANN401 - the user's own items
         args = item if self._star else (item,)
         return self._engine.submit(
-            Task(self._fn, args, label=self._label, retries=retries, timeout=self._options.task_timeout)
+            Task(self._fn, args, label=self._label, policy=policy, timeout=self._options.task_timeout)
         )
 
     def _results_of(self, batch: _Batch) -> Iterator[Any]:
@@ -227,18 +230,19 @@ class LazyMap:
             yield from self._mend(batch.items, outcome)
 
     def _mend(self, items: list[Any], outcome: BatchResult) -> Iterator[Any]:
-        retries = self._options.retries
+        policy = self._options.policy
+        fewer = replace(policy, retries=max(policy.retries - 1, 0))
         again: dict[int, Future[Any]] = {}
         for index, error in outcome.errors.items():
-            if retries and is_retryable(error):
-                again[index] = self._submit_one(items[index], retries - 1)
+            if policy.retries and policy.retry_if(error):
+                again[index] = self._submit_one(items[index], fewer)
         if outcome.lost is not None and len(items) == 1:
-            if not retries:
+            if not policy.retries or not policy.retry_if(outcome.lost):
                 raise outcome.lost
-            again[0] = self._submit_one(items[0], retries - 1)
+            again[0] = self._submit_one(items[0], fewer)
         else:
             for index in range(len(outcome.results), len(items)):
-                again[index] = self._submit_one(items[index], retries)
+                again[index] = self._submit_one(items[index], policy)
         try:
             for index in range(len(items)):
                 if index in again:

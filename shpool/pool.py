@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import abc
 import atexit
+import logging
 import os
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shpool.channels import NamedChannel, TeeChannel
@@ -18,6 +19,7 @@ from shpool.engines.base import Engine, Task, WorkerSetup
 from shpool.errors import LoginError, TokenUnavailableError
 from shpool.lazymap import LazyMap, MapOptions
 from shpool.refresh import State
+from shpool.retry import Backoff, RetryPolicy, is_retryable
 from shpool.sharing import SharingThread
 from shpool.sources import source_of
 from shpool.tokens import SYSTEM_CLOCK
@@ -27,10 +29,12 @@ if TYPE_CHECKING:
 
     from typing_extensions import ParamSpec, Self
 
+    from shpool.retry import RetryAfterUnit
     from shpool.sources import Session
 
     P = ParamSpec("P")
 T = TypeVar("T")
+F = TypeVar("F")
 
 # Never inherited by workers; besides these, any variable whose value is the session's own secret.
 _SECRET_VARIABLES = ("SH_CLIENT_SECRET", "SHPOOL_CLIENT_SECRET")
@@ -46,6 +50,7 @@ _THREAD_VARIABLES = (
     "GDAL_NUM_THREADS",
 )
 _ENGINES = ("loky", "inline")
+_BACKOFF = Backoff(base=0.1, cap=10.0)  # s; short, as it is mostly workers that were lost
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class PoolStats:
 class _Submitting(Executor, abc.ABC):
     """``submit`` and ``map`` with given retries and timeout; what the pool and its views have in common."""
 
-    _retries: int
+    _policy: RetryPolicy
     _timeout: float | None
 
     @abc.abstractmethod
@@ -110,7 +115,7 @@ class _Submitting(Executor, abc.ABC):
         engine = self._running_engine()
         label = getattr(fn, "__qualname__", None) or type(fn).__name__
         return engine.submit(
-            Task(engine.prepare(fn), args, kwargs, label=label, retries=self._retries, timeout=self._timeout)
+            Task(engine.prepare(fn), args, kwargs, label=label, policy=self._policy, timeout=self._timeout)
         )
 
     def map(
@@ -151,7 +156,7 @@ class _Submitting(Executor, abc.ABC):
         if not iterables:
             msg = "map needs at least one iterable"
             raise TypeError(msg)
-        complete = MapOptions(options.chunksize, options.buffersize, options.timeout, self._retries, self._timeout)
+        complete = MapOptions(options.chunksize, options.buffersize, options.timeout, self._policy, self._timeout)
         return LazyMap(self._running_engine(), fn, iterables, complete)
 
 
@@ -172,7 +177,14 @@ class AuthenticatedProcessPool(_Submitting):
             OpenMP, Numba and GDAL are processors / workers unless set here or in the parent's environment.
         retries: More attempts for a task that failed for a passing reason: a lost worker, a timeout, a connection
             error, HTTP 408, 425, 429 or 5xx. Programming errors are never retried.
+        retry_if: Tells, given the error, whether to retry, in place of that rule. Called in a thread of the parent.
         timeout: Seconds one attempt of a task may take before its worker is stopped; None for no limit.
+        max_tasks_per_worker: Calls after which a worker is replaced, for code that leaks; None for no limit.
+        max_worker_memory: Bytes of resident memory; a worker that holds more once a task is done is replaced. None for
+            no limit. A task that takes more while it runs is not stopped.
+        log_level: Least level of the workers' log records, which are handed to the parent's loggers of the same
+            names, with ``worker`` (process id) and ``task`` as attributes, tokens masked; warnings too. 0 for the
+            level of the parent's root logger, None to leave the workers' logging alone.
 
     Raises:
         ValueError: A setting is out of range, or the session does not refresh its token.
@@ -190,21 +202,33 @@ class AuthenticatedProcessPool(_Submitting):
         initargs: tuple[Any, ...] = (),
         env: Mapping[str, str] | None = None,
         retries: int = 0,
+        retry_if: Callable[[BaseException], bool] = is_retryable,
         timeout: float | None = None,
+        max_tasks_per_worker: int | None = None,
+        max_worker_memory: int | None = None,
+        log_level: int | str | None = logging.NOTSET,
     ) -> None:
         source_of(session)
-        self._retries, self._timeout = _checked_policy(retries, timeout)
+        unit: RetryAfterUnit = getattr(session, "retry_after_unit", "s")
+        self._policy = RetryPolicy(_checked_retries(retries), _BACKOFF, unit, _checked_function("retry_if", retry_if))
+        self._timeout = _checked_timeout(timeout)
         self._workers = _checked_workers(max_workers)
         if engine not in _ENGINES:
             msg = f"engine must be one of {', '.join(_ENGINES)}, not {engine!r}"
             raise ValueError(msg)
-        if initializer is not None and not callable(initializer):
-            msg = "initializer must be callable"  # type: ignore[unreachable]  # callers without a type checker
-            raise TypeError(msg)
+        if initializer is not None:
+            _checked_function("initializer", initializer)
         self._session = session
         self._engine_name = engine
         self._memory_name = memory_name
-        self._setup = WorkerSetup(initializer, tuple(initargs), {**_thread_limits(self._workers), **(env or {})})
+        self._setup = WorkerSetup(
+            initializer,
+            tuple(initargs),
+            {**_thread_limits(self._workers), **(env or {})},
+            _checked_level(log_level),
+            _checked_limit("max_tasks_per_worker", max_tasks_per_worker),
+            _checked_limit("max_worker_memory", max_worker_memory),
+        )
         self._lock = threading.RLock()  # guards the four below; held while starting, so that it happens once
         self._state = "new"
         self._engine: Engine | None = None
@@ -240,21 +264,47 @@ class AuthenticatedProcessPool(_Submitting):
         """
         self._close(cancel=cancel_futures, kill=False, wait=wait)
 
-    def terminate(self) -> None:
-        """Stop all tasks now, running ones too, and end."""
-        self._close(cancel=True, kill=True, wait=True)
+    def terminate(self, future: Future[Any] | None = None) -> bool:
+        """Stop one task, or all of them and the pool.
 
-    def options(self, *, retries: int | None = None, timeout: float | None = None) -> PoolView:
+        Args:
+            future: The task's, as ``submit`` returned it. It is cancelled if it has not begun; if it runs, its worker
+                is stopped and replaced, and it ends with ``TaskTerminatedError``. None stops everything now.
+
+        Returns:
+            Whether there was something to stop: False for a future that was done.
+
+        Raises:
+            ValueError: The future is of no task of this pool.
+        """
+        if future is None:
+            self._close(cancel=True, kill=True, wait=True)
+            return True
+        if self._engine is None:
+            msg = "this pool has not begun, so the future is of no task of it"
+            raise ValueError(msg)
+        return self._engine.terminate(future)
+
+    def options(
+        self,
+        *,
+        retries: int | None = None,
+        retry_if: Callable[[BaseException], bool] | None = None,
+        timeout: float | None = None,
+    ) -> PoolView:
         """Return a view of this pool with other defaults for its tasks.
 
         Args:
             retries: As for the pool; None keeps the pool's.
+            retry_if: As for the pool; None keeps the pool's.
             timeout: As for the pool; None keeps the pool's.
         """
-        retries, timeout = _checked_policy(
-            self._retries if retries is None else retries, self._timeout if timeout is None else timeout
-        )
-        return PoolView(self, retries, timeout)
+        policy = self._policy
+        if retries is not None:
+            policy = replace(policy, retries=_checked_retries(retries))
+        if retry_if is not None:
+            policy = replace(policy, retry_if=_checked_function("retry_if", retry_if))
+        return PoolView(self, policy, self._timeout if timeout is None else _checked_timeout(timeout))
 
     def stats(self) -> PoolStats:
         """Return what the pool has done so far, and how its token stands."""
@@ -377,9 +427,9 @@ class AuthenticatedProcessPool(_Submitting):
 class PoolView(_Submitting):
     """A pool with other defaults for retries and timeout; made by ``AuthenticatedProcessPool.options``."""
 
-    def __init__(self, pool: AuthenticatedProcessPool, retries: int, timeout: float | None) -> None:
+    def __init__(self, pool: AuthenticatedProcessPool, policy: RetryPolicy, timeout: float | None) -> None:
         self._pool = pool
-        self._retries = retries
+        self._policy = policy
         self._timeout = timeout
 
     def _running_engine(self) -> Engine:
@@ -390,7 +440,7 @@ class PoolView(_Submitting):
         self._pool.shutdown(wait, cancel_futures=cancel_futures)
 
     def __repr__(self) -> str:
-        return f"<PoolView retries={self._retries} timeout={self._timeout} of {self._pool!r}>"
+        return f"<PoolView retries={self._policy.retries} timeout={self._timeout} of {self._pool!r}>"
 
 
 def _described(error: BaseException) -> str:
@@ -417,14 +467,44 @@ def _thread_limits(workers: int) -> dict[str, str]:
     return {name: share for name in _THREAD_VARIABLES if name not in os.environ}
 
 
-def _checked_policy(retries: int, timeout: float | None) -> tuple[int, float | None]:
+def _checked_retries(retries: int) -> int:
     if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
         msg = f"retries must be an integer >= 0, not {retries!r}"
         raise ValueError(msg)
+    return retries
+
+
+def _checked_timeout(timeout: float | None) -> float | None:
     if timeout is not None and not timeout > 0:
         msg = f"timeout must be more than 0 seconds, or None, not {timeout!r}"
         raise ValueError(msg)
-    return retries, timeout
+    return timeout
+
+
+def _checked_limit(name: str, limit: int | None) -> int | None:
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        msg = f"{name} must be an integer >= 1, or None, not {limit!r}"
+        raise ValueError(msg)
+    return limit
+
+
+def _checked_function(name: str, function: F) -> F:
+    if not callable(function):
+        msg = f"{name} must be callable, not {function!r}"
+        raise TypeError(msg)
+    return function
+
+
+def _checked_level(level: int | str | None) -> int | None:
+    """Return a log level as a number; 0 becomes the root logger's."""
+    if level is None:
+        return None
+    try:
+        number = logging.Handler(level).level  # the one public way to check a level
+    except (TypeError, ValueError):
+        msg = f"log_level must be one of logging's levels or None, not {level!r}"
+        raise ValueError(msg) from None
+    return number or logging.getLogger().getEffectiveLevel()
 
 
 def _secret_variables(session: object) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ Pure arithmetic: nothing here sleeps. A retry is a loop over ``Backoff.delays()`
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from dataclasses import dataclass
@@ -15,11 +16,14 @@ from typing import TYPE_CHECKING, Literal
 from shpool.errors import LoginError, LoginRefusedError, TaskTimeoutError, TokenResponseError, WorkerLostError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 RetryAfterUnit = Literal["s", "ms"]
 
 _LONGEST_RETRY_AFTER = 86_400.0  # s; one day: beyond it a Retry-After is a mistake or a ban
+
+_LONGEST_SUMMARY = 200  # characters
+_MOST_SUMMARIES = 8  # attempts told about in an error
 
 # Not errors of the server, yet worth a second try: RFC 9110 (408), RFC 8470 (425), RFC 6585 (429).
 _TEMPORARY_STATUSES = frozenset(
@@ -155,6 +159,56 @@ def retry_after_of(error: BaseException, now: float, unit: RetryAfterUnit = "s")
     headers = getattr(getattr(error, "response", None), "headers", None)
     value = None if headers is None else headers.get("Retry-After")
     return parse_retry_after(value, now=now, unit=unit) if isinstance(value, str) else None
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """Decide about failed attempts; pure but for the dice.
+
+    Attributes:
+        retries: Further attempts each call may have.
+        backoff: Waits between them, with full jitter.
+        retry_after_unit: What a number in a ``Retry-After`` header counts at this provider.
+        retry_if: Tells whether an error is worth another attempt.
+    """
+
+    retries: int = 0
+    backoff: Backoff = Backoff()
+    retry_after_unit: RetryAfterUnit = "s"
+    retry_if: Callable[[BaseException], bool] = is_retryable
+
+    def wait_before_retry(self, error: BaseException, attempt: int, now: float) -> float | None:
+        """Return the seconds to wait before the next attempt, or None when this one was the last.
+
+        A ``Retry-After`` is a floor: jitter comes on top, lest all the calls refused at once return at once.
+
+        Args:
+            error: What the attempt raised.
+            attempt: Its number, from 1.
+            now: Wall clock, which dates in ``Retry-After`` refer to.
+        """
+        if attempt > self.retries or not self.retry_if(error):
+            return None
+        return (retry_after_of(error, now, self.retry_after_unit) or 0.0) + self.backoff.delay(attempt - 1)
+
+
+def summary_of(error: BaseException, attempt: int) -> str:
+    """Return one line about a failed attempt, of bounded length."""
+    text = " ".join(f"{type(error).__name__}: {error}".removesuffix(": ").split())
+    if len(text) > _LONGEST_SUMMARY:
+        text = text[: _LONGEST_SUMMARY - 1] + "…"
+    return f"attempt {attempt}: {text}"
+
+
+def carry_attempts(error: BaseException, summaries: Sequence[str]) -> None:
+    """Let the last error of a call tell about the earlier ones, in a note that tracebacks show from Python 3.11 on."""
+    if not summaries:
+        return
+    text = "after " + "; ".join(summaries[:_MOST_SUMMARIES])
+    if len(summaries) > _MOST_SUMMARIES:
+        text += f"; and {len(summaries) - _MOST_SUMMARIES} more"
+    with contextlib.suppress(AttributeError, TypeError):  # an error class may refuse attributes
+        error.__notes__ = [*getattr(error, "__notes__", []), text]
 
 
 def _number(text: str) -> float | None:

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -41,6 +42,7 @@ LONGEST_WAIT = 30.0  # s a reader waits for a token before it gives up
 ATTEMPT_WITHIN = 20.0  # s for one login, whatever it does: short against LONGEST_WAIT, long against its own timeouts
 _LONGEST_TRUST = 1.0  # s between two looks at the boot clock: it costs twice what the monotonic one does, which a
 # suspended machine stops
+_TOKENS_REMEMBERED = 4  # of those read, lest a log shows one that was replaced a moment ago
 _FIRST_NAP, _LONGEST_NAP = 0.001, 0.05  # s between a waiting reader's looks at the board
 
 
@@ -61,6 +63,7 @@ class SharedSession:
         self._reader = reader
         self._identity: object = getattr(reader, "identity", None)
         self._posting = Posting(None)
+        self._seen: deque[str] = deque(maxlen=_TOKENS_REMEMBERED)
         # The version word, its value when the board was last read, until when the token may be handed out unseen, and
         # the token: replaced as one, since threads look at it without a lock. A bare tuple, as unpacking a named one
         # costs a third of the budget for a read.
@@ -140,6 +143,8 @@ class SharedSession:
             token = posting.token
             if token is not None and boot_time() < token.deadline and token.generation > newer_than:
                 self._posting = posting
+                if token.access_token not in self._seen:
+                    self._seen.append(token.access_token)
                 until = _monotonic() + min(token.deadline - boot_time(), _LONGEST_TRUST)
                 self._view = (reader.version_word, version, until, token)
                 return token
@@ -162,6 +167,10 @@ class SharedSession:
     def _current_posting(self) -> Posting:
         _ = self.token
         return self._posting
+
+    def known_secrets(self) -> tuple[str, ...]:
+        """Return the access tokens read last, without waiting for one."""
+        return tuple(self._seen)
 
     def report_refused(self, generation: int) -> None:
         """Tell the parent that a server refused the token of this generation."""
@@ -193,6 +202,7 @@ class SharingThread(threading.Thread):
         self._channel = channel
         self._owner = os.getpid()
         self._woken = threading.Event()
+        self._is_over = threading.Event()
         self._is_stopping = False
         self.refresher = Refresher(
             self._login,
@@ -222,6 +232,7 @@ class SharingThread(threading.Thread):
         finally:
             _running.discard(self)  # a child forked from now on has nothing to read here
             self._channel.close()
+            self._is_over.set()
 
     def stop(self) -> None:
         """Ask the thread to end; ``join()`` does too. In a forked child there is nothing to end."""
@@ -244,7 +255,10 @@ class SharingThread(threading.Thread):
                 thread never waits for the network.
         """
         self.stop()
-        if os.getpid() == self._owner:
+        if os.getpid() != self._owner:
+            return
+        # Not for the thread at once: before Python 3.13 one whose join() was interrupted counts as stopped from then on.
+        if self.ident is None or self._is_over.wait(timeout):
             super().join(timeout)
 
     def become_reader(self) -> None:

@@ -155,6 +155,29 @@ def begin_and_wait(begun: str, cue: str) -> int:
     return wait_for(cue)
 
 
+def begin_and_wait_or_double(begun: str, cue: str, number: int) -> int:
+    """Wait for the cue if there is one."""
+    if begun:
+        begin_and_wait(begun, cue)
+    return 2 * number
+
+
+def grow(size: int) -> int:
+    """Keep so many bytes in use; return the process's id."""
+    _kept.append(b"x" * size)
+    return os.getpid()
+
+
+def grow_and_die(size: int) -> NoReturn:
+    """Die as one whom the kernel's out-of-memory killer has chosen."""
+    grow(size)
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+_kept: list[bytes] = []
+
+
 def leave_mark(path: str) -> None:
     """Write this process's id into a new file, whole from the moment it can be seen."""
     unfinished = Path(f"{path}.{os.getpid()}")

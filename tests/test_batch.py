@@ -9,12 +9,11 @@ import pickle
 import threading
 from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shpool.batch import JOBS_PER_WORKER, Job, JobResult, RetryPolicy, TimedCall, place_of, run_batch, worker_count
+from shpool.batch import JOBS_PER_WORKER, Job, JobResult, TimedCall, place_of, run_batch, worker_count
 from shpool.jobs import make_jobs
 from shpool.retry import Backoff
 from shpool.targets import Target
@@ -300,25 +299,6 @@ def test_a_future_cancelled_by_the_executor_is_a_failed_job() -> None:
 def test_wrong_bounds_are_refused_at_once(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         run_batch(Immediate(), double, jobs(1), **wrong)  # type: ignore[arg-type]  # spread by name
-
-
-def test_retry_policy_decides_by_kind_and_number() -> None:
-    policy = RetryPolicy(retries=1, backoff=Backoff(base=2.0, cap=2.0))
-    wait = policy.wait_before_retry(ConnectionError(), 1, 0.0)
-    assert wait is not None
-    assert 0.0 <= wait <= 2.0
-    assert policy.wait_before_retry(ConnectionError(), 2, 0.0) is None
-    assert policy.wait_before_retry(ValueError(), 1, 0.0) is None
-
-
-def test_milliseconds_are_the_providers_choice() -> None:
-    """``Retry-After: 5000`` from Sentinel Hub means five seconds."""
-
-    class HeaderError(ConnectionError):
-        response = SimpleNamespace(status_code=429, headers={"Retry-After": "5000"})
-
-    policy = RetryPolicy(1, Backoff(base=0.0), "ms")
-    assert policy.wait_before_retry(HeaderError(), 1, 0.0) == 5.0
 
 
 def test_workers_are_counted_on_any_executor() -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import itertools
 import logging
 import os
+import random
 import resource
 import signal
 import socket
@@ -22,6 +24,7 @@ from pool_tasks import (
     Unpicklable,
     add,
     begin_and_wait,
+    begin_and_wait_or_double,
     descriptors,
     die,
     double,
@@ -30,6 +33,8 @@ from pool_tasks import (
     fail,
     fork_sleeper,
     functions_held,
+    grow,
+    grow_and_die,
     hang_once,
     leave,
     pid,
@@ -53,6 +58,7 @@ from shpool.errors import (
     WorkerLostError,
 )
 from shpool.lazymap import LazyMap, MapOptions
+from shpool.retry import Backoff, RetryPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -78,9 +84,13 @@ def is_gone(process_id: int) -> bool:
         return True
 
 
+def quickly(retries: int) -> RetryPolicy:
+    return RetryPolicy(retries, Backoff(base=0.1))
+
+
 def submit(crew: Crew, fn: Callable[..., Any], *args: object, retries: int = 0, timeout: float | None = None) -> Any:
-    task = Task(crew.prepare(fn), args, label=getattr(fn, "__name__", "task"), retries=retries, timeout=timeout)
-    return crew.submit(task)
+    label = getattr(fn, "__name__", "task")
+    return crew.submit(Task(crew.prepare(fn), args, label=label, policy=quickly(retries), timeout=timeout))
 
 
 def result(crew: Crew, fn: Callable[..., Any], *args: object) -> Any:
@@ -88,7 +98,8 @@ def result(crew: Crew, fn: Callable[..., Any], *args: object) -> Any:
 
 
 def mapped(crew: Crew, fn: Callable[..., Any], items: Any, **options: Any) -> Iterator[Any]:
-    return LazyMap(crew, fn, (items,), MapOptions(**options)).in_order()
+    policy = quickly(options.pop("retries", 0))
+    return LazyMap(crew, fn, (items,), MapOptions(policy=policy, **options)).in_order()
 
 
 @contextlib.contextmanager
@@ -727,3 +738,140 @@ def test_failing_tasks_leave_the_tally_right() -> None:
         wait(futures, PATIENCE)
         until(lambda: crew.backlog == 0)
         assert (crew.tally.done, crew.tally.failed, crew.tally.retried) == (1, 3, 0)
+
+
+# Stopping one task
+
+
+def test_a_running_task_can_be_terminated_at_the_cost_of_its_worker_alone(tmp_path: Path) -> None:
+    with running(2) as crew:
+        other = submit(crew, begin_and_wait, str(tmp_path / "other"), str(tmp_path / "cue"))
+        stopped = submit(crew, begin_and_wait, str(tmp_path / "begun"), "never", retries=3)
+        until(lambda: (tmp_path / "other").exists() and (tmp_path / "begun").exists())
+        assert crew.terminate(stopped)
+        assert isinstance(stopped.exception(PATIENCE), TaskTerminatedError)
+        (tmp_path / "cue").touch()
+        assert other.result(PATIENCE)
+        assert (crew.tally.workers_lost, crew.tally.retried) == (1, 0)
+        assert not crew.terminate(stopped)
+
+
+def test_a_queued_task_that_is_terminated_is_cancelled(tmp_path: Path) -> None:
+    with running(1) as crew:
+        running_one = submit(crew, begin_and_wait, str(tmp_path / "begun"), str(tmp_path / "cue"))
+        queued = submit(crew, double, 1)
+        until((tmp_path / "begun").exists)
+        assert crew.terminate(queued)
+        assert queued.cancelled()
+        (tmp_path / "cue").touch()
+        assert running_one.result(PATIENCE)
+        assert crew.tally.workers_lost == 0
+
+
+def test_a_task_sent_ahead_can_be_terminated_without_harm_to_the_one_before_it(tmp_path: Path) -> None:
+    """It is called back from the worker, which goes on."""
+    with running(1) as crew:
+        ready(crew)
+        for number in range(50):  # so that calls of this function are known to be tiny
+            assert result(crew, begin_and_wait_or_double, "", "", number) == 2 * number
+        before = submit(crew, begin_and_wait_or_double, str(tmp_path / "begun"), str(tmp_path / "cue"), 1)
+        ahead = submit(crew, begin_and_wait_or_double, "", "", 2)
+        after = submit(crew, begin_and_wait_or_double, "", "", 3)
+        until((tmp_path / "begun").exists)
+        assert ahead.running()
+        assert crew.terminate(ahead)
+        assert isinstance(ahead.exception(PATIENCE), TaskTerminatedError)
+        (tmp_path / "cue").touch()
+        assert [before.result(PATIENCE), after.result(PATIENCE)] == [2, 6]
+        assert crew.tally.workers_lost == 0
+
+
+def test_a_task_that_waits_for_another_attempt_can_be_terminated() -> None:
+    with running(1) as crew:
+        policy = RetryPolicy(1, retry_if=lambda error: isinstance(error, ValueError), backoff=_ForAnHour())
+        future = crew.submit(Task(crew.prepare(fail), (1,), policy=policy))
+        until(lambda: crew.tally.retried == 1)
+        assert crew.terminate(future)
+        error = future.exception(PATIENCE)
+        assert isinstance(error, TaskTerminatedError)
+        assert error.__notes__ == ["after attempt 1: ValueError: bad number 1"]
+
+
+def test_a_future_of_another_pool_is_refused() -> None:
+    with running(1) as crew:
+        foreign: Future[int] = Future()
+        foreign.set_running_or_notify_cancel()
+        with pytest.raises(ValueError, match="no task of this pool"):
+            crew.terminate(foreign)
+
+
+class _ForAnHour(Backoff):
+    def delay(self, attempt: int, rng: random.Random | None = None) -> float:
+        return 3600.0
+
+
+# A worker's life
+
+
+@pytest.mark.parametrize("options", [{"chunksize": 1}, {"chunksize": 2}, {"chunksize": 100}, {}], ids=str)
+def test_a_worker_runs_no_more_tasks_than_it_may(options: dict[str, int]) -> None:
+    with running(2, WorkerSetup(max_tasks=3)) as crew:
+        pids = collections.Counter(mapped(crew, pid, range(12), **options))
+        assert sum(pids.values()) == 12
+        assert max(pids.values()) <= 3
+        assert crew.tally.workers_lost == 0
+
+
+def test_tasks_submitted_one_by_one_count_too() -> None:
+    with running(1, WorkerSetup(max_tasks=2)) as crew:
+        pids = [result(crew, pid) for _ in range(5)]
+        assert [len(set(pids[:2])), len(set(pids[2:4])), len(set(pids))] == [1, 1, 3]
+
+
+def test_a_worker_that_keeps_too_much_memory_is_replaced() -> None:
+    with running(1, WorkerSetup(max_memory=150_000_000)) as crew:
+        small = [result(crew, pid) for _ in range(3)]
+        grown = result(crew, grow, 200_000_000)
+        assert [*small, grown] == [grown] * 4
+        until(lambda: crew.pids and grown not in crew.pids)
+        assert result(crew, pid) != grown
+        assert crew.tally.workers_lost == 0
+
+
+def test_memory_growth_is_no_reason_to_replace_a_worker_unless_asked() -> None:
+    with running(1) as crew:
+        grown = result(crew, grow, 400_000_000)
+        assert [result(crew, pid) for _ in range(3)] == [grown] * 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from Linux's wait4()")
+def test_a_lost_worker_tells_its_peak_memory() -> None:
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # no lesser peak can be told from it
+    with running(1) as crew:
+        error = submit(crew, grow_and_die, own + 100_000_000).exception(PATIENCE)
+        assert isinstance(error, WorkerLostError)
+        assert error.peak_memory is not None
+        assert own + 100_000_000 < error.peak_memory < own + 500_000_000
+        assert "out of memory" in str(error)
+
+
+def test_the_last_error_tells_of_the_attempts_before() -> None:
+    with running(1) as crew:
+        error = submit(crew, die, 7, retries=2).exception(PATIENCE)
+        assert isinstance(error, WorkerLostError)
+        [note] = error.__notes__
+        assert note.startswith("after attempt 1: WorkerLostError: worker ")
+        assert "; attempt 2: WorkerLostError: worker " in note
+        assert error.attempts == 3
+
+
+def test_a_retry_rule_that_raises_ends_the_task_with_its_own_error(caplog: pytest.LogCaptureFixture) -> None:
+    def confused(error: BaseException) -> bool:
+        raise LookupError(error)
+
+    with running(1) as crew:
+        policy = RetryPolicy(5, retry_if=confused)
+        error = crew.submit(Task(crew.prepare(fail), (3,), policy=policy)).exception(PATIENCE)
+        assert isinstance(error, ValueError)
+        assert result(crew, double, 2) == 4
+    assert "retry_if failed" in caplog.text

@@ -316,7 +316,7 @@ def test_options_leave_the_pool_as_it_is(pool: AuthenticatedProcessPool) -> None
     view = pool.options(retries=3, timeout=9.0)
     assert "retries=3 timeout=9.0" in repr(view)
     assert view.submit(double, 2).result(PATIENCE) == 4
-    assert (pool._retries, pool._timeout) == (0, None)
+    assert (pool._policy.retries, pool._timeout) == (0, None)
 
 
 # Sessions

@@ -16,6 +16,7 @@ from shpool.channels import BoardChannel
 from shpool.engines.base import BatchResult, Tally, Task
 from shpool.errors import UnpicklableError, WorkerLostError
 from shpool.lazymap import BATCH_SECONDS, LARGEST_BATCH, BatchSizer, LazyMap, MapOptions
+from shpool.retry import RetryPolicy
 from shpool.worker import call_each, load_error
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class HeldEngine:
 
     has_ended = False
     failure = None
+    largest_batch: int | None = None
 
     def __init__(self, workers: int = 2, seconds_per_item: float = 1.0) -> None:
         self.workers = workers
@@ -43,6 +45,9 @@ class HeldEngine:
     @property
     def channel(self) -> TokenChannel:
         return BoardChannel.__new__(BoardChannel)
+
+    def terminate(self, future: Future[Any]) -> bool:
+        return not future.done()
 
     @property
     def backlog(self) -> int:
@@ -124,7 +129,8 @@ def running_engine(workers: int = 2, seconds_per_item: float = 1.0) -> HeldEngin
 
 
 def lazy(engine: HeldEngine, fn: Callable[..., Any], *iterables: Any, **options: Any) -> LazyMap:
-    return LazyMap(engine, fn, iterables, MapOptions(**options))
+    policy = RetryPolicy(options.pop("retries", 0))
+    return LazyMap(engine, fn, iterables, MapOptions(policy=policy, **options))
 
 
 def test_results_come_in_the_order_of_the_items() -> None:

@@ -800,6 +800,25 @@ def test_no_worker_can_be_interrupted_at_any_moment_of_its_life(script: Callable
 
 
 @slow
+def test_a_pool_whose_shutdown_was_interrupted_can_still_be_ended_in_order(script: Callable[..., Script]) -> None:
+    """Before Python 3.13 a thread whose join() was interrupted counts as stopped, although it runs."""
+    running = script("""
+        pool = AuthenticatedProcessPool(session, 2)
+        futures = [pool.submit(time.sleep, 600) for _ in range(4)]
+        try:
+            print("begun", flush=True)
+            pool.shutdown()
+        except KeyboardInterrupt:
+            pool.terminate()
+        print(pool.stats().state, all(future.done() for future in futures), flush=True)
+    """)
+    running.wait_for_line("begun")
+    running.workers(2)
+    os.killpg(running.pid, signal.SIGINT)
+    assert running.rest() == ["closed True"]
+
+
+@slow
 def test_an_interrupt_while_workers_start_ends_a_script_at_once(
     script: Callable[..., Script], server: LoopbackServer
 ) -> None:

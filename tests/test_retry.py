@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,7 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shpool.errors import LoginError, LoginRefusedError, TaskTimeoutError, TokenResponseError, WorkerLostError
-from shpool.retry import Backoff, is_retryable, is_temporary_status, parse_retry_after, retry_after_of
+from shpool.retry import (
+    Backoff,
+    RetryPolicy,
+    carry_attempts,
+    is_retryable,
+    is_temporary_status,
+    parse_retry_after,
+    retry_after_of,
+    summary_of,
+)
 
 if TYPE_CHECKING:
     from shpool.retry import RetryAfterUnit
@@ -175,3 +185,48 @@ def test_odd_attributes_of_foreign_errors_are_ignored(odd: object) -> None:
     error.response = odd  # type: ignore[attr-defined]  # what another library may set
     assert retry_after_of(error, _NOW) is None
     assert not is_retryable(error)
+
+
+def test_retry_policy_decides_by_kind_and_number() -> None:
+    policy = RetryPolicy(retries=1, backoff=Backoff(base=2.0, cap=2.0))
+    wait = policy.wait_before_retry(ConnectionError(), 1, 0.0)
+    assert wait is not None
+    assert 0.0 <= wait <= 2.0
+    assert policy.wait_before_retry(ConnectionError(), 2, 0.0) is None
+    assert policy.wait_before_retry(ValueError(), 1, 0.0) is None
+
+
+def test_milliseconds_are_the_providers_choice() -> None:
+    """``Retry-After: 5000`` from Sentinel Hub means five seconds."""
+
+    class HeaderError(ConnectionError):
+        response = SimpleNamespace(status_code=429, headers={"Retry-After": "5000"})
+
+    policy = RetryPolicy(1, Backoff(base=0.0), "ms")
+    assert policy.wait_before_retry(HeaderError(), 1, 0.0) == 5.0
+
+
+def test_retry_policy_asks_the_users_own_rule() -> None:
+    policy = RetryPolicy(1, Backoff(base=0.0), retry_if=lambda error: isinstance(error, KeyError))
+    assert policy.wait_before_retry(KeyError("x"), 1, 0.0) == 0.0
+    assert policy.wait_before_retry(ConnectionError(), 1, 0.0) is None
+
+
+def test_the_last_error_tells_of_the_earlier_ones() -> None:
+    error = ValueError("third")
+    carry_attempts(error, [summary_of(ConnectionError("reset\nby peer"), 1), summary_of(TimeoutError(), 2)])
+    assert error.__notes__ == ["after attempt 1: ConnectionError: reset by peer; attempt 2: TimeoutError"]
+
+
+def test_an_only_attempt_needs_no_note() -> None:
+    error = ValueError("first")
+    carry_attempts(error, [])
+    assert not hasattr(error, "__notes__")
+
+
+def test_many_long_attempts_make_a_note_of_bounded_length() -> None:
+    error = ValueError("last")
+    carry_attempts(error, [summary_of(ValueError("x" * 10_000), number) for number in range(1, 101)])
+    [note] = error.__notes__
+    assert len(note) < 2000
+    assert note.endswith("and 92 more")

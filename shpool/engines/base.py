@@ -6,11 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from shpool.retry import RetryPolicy
+
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from shpool.channels import TokenChannel
     from shpool.errors import WorkerLostError
+
+NO_RETRIES = RetryPolicy()
 
 
 @dataclass(slots=True)  # not frozen: that costs two microseconds a task
@@ -22,7 +26,7 @@ class Task:
         args: Positional arguments; for a batch, one item for each call.
         kwargs: Keyword arguments; none for a batch.
         label: What to call the task in messages.
-        retries: How many more attempts a retryable error is worth.
+        policy: How many more attempts which errors are worth, and when.
         timeout: Seconds one attempt may take, None for no limit.
         batch: The future's result is a ``BatchResult``; each item is one call's argument.
         star: Each item of a batch is a tuple of arguments.
@@ -32,10 +36,20 @@ class Task:
     args: Sequence[Any]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     label: str = "task"
-    retries: int = 0
+    policy: RetryPolicy = NO_RETRIES
     timeout: float | None = None
     batch: bool = False
     star: bool = False
+
+    @property
+    def retries(self) -> int:
+        """How many more attempts the task may have."""
+        return self.policy.retries
+
+    @property
+    def calls(self) -> int:
+        """How many calls it makes."""
+        return len(self.args) if self.batch else 1
 
 
 @dataclass(frozen=True)
@@ -73,25 +87,33 @@ class WorkerSetup:
         initializer: Called once in each worker, after its session is there.
         initargs: Arguments for it.
         env: Environment variables of the workers, set before anything is imported there.
+        log_level: Least level of the log records that go to the parent; None for none.
+        max_tasks: Calls after which a worker is replaced; None for no limit.
+        max_memory: Bytes of resident memory beyond which a worker is replaced between two tasks; None for no limit.
     """
 
     initializer: Callable[..., object] | None = None
     initargs: tuple[Any, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
+    log_level: int | None = None
+    max_tasks: int | None = None
+    max_memory: int | None = None
 
 
 class Engine(Protocol):
     """Runs tasks.
 
     Attributes:
-        tally: What it has counted.
         on_refused: Called with each generation a worker reports as refused; set before ``start()``.
         on_end: Called once after the last worker has ended; set before ``start()``.
     """
 
-    tally: Tally
     on_refused: Callable[[int], None]
     on_end: Callable[[], None]
+
+    @property
+    def tally(self) -> Tally:
+        """What it has counted."""
 
     @property
     def channel(self) -> TokenChannel:
@@ -100,6 +122,10 @@ class Engine(Protocol):
     @property
     def workers(self) -> int:
         """How many tasks can run at once."""
+
+    @property
+    def largest_batch(self) -> int | None:
+        """Most calls a batch may hold; None for as many as one likes."""
 
     @property
     def has_ended(self) -> bool:
@@ -125,6 +151,13 @@ class Engine(Protocol):
         Raises:
             RuntimeError: The engine is shut down.
             InitializerError: The workers cannot be initialised.
+        """
+
+    def terminate(self, future: Future[Any]) -> bool:
+        """Stop one task: it is cancelled, or ends with ``TaskTerminatedError``. False if it has ended already.
+
+        Raises:
+            ValueError: The future is not of this engine.
         """
 
     def shutdown(self, *, cancel: bool = False, kill: bool = False) -> None:

@@ -21,23 +21,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 from shpool.board import anonymous_board
 from shpool.channels import BoardChannel
-from shpool.engines.base import BatchResult, Tally, WorkerSetup
+from shpool.engines.base import Tally, WorkerSetup
 from shpool.engines.dispatch import STUCK_AFTER, Dispatch
+from shpool.engines.ledger import Ledger
 from shpool.engines.member import Flight, Member, PackedFunction
-from shpool.engines.serve import RECEIVE_SIZE, Kind, dump_setup, encode
-from shpool.errors import (
-    InitializerError,
-    TaskError,
-    TaskTerminatedError,
-    TaskTimeoutError,
-    UnpicklableError,
-    WorkerLostError,
-)
-from shpool.retry import Backoff, is_retryable, retry_after_of
+from shpool.engines.serve import RECEIVE_SIZE, Kind, dump_setup
+from shpool.errors import InitializerError, TaskTerminatedError, TaskTimeoutError, UnpicklableError, WorkerLostError
+from shpool.logs import deliver
 from shpool.worker import dump, load, load_error, shortened
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from shpool.channels import TokenChannel
     from shpool.engines.base import Task
@@ -72,7 +66,7 @@ class Crew:
         self._board = anonymous_board()
         self._channel = BoardChannel(self._board)
         self._numbers = itertools.count(1)
-        self._backoff = Backoff(base=0.1, cap=10.0)
+        self._is_over_for_good = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="shpool-crew", daemon=True)
         self._poll = select.poll()  # the loop's alone
         self._bell_in = self._bell_out = -1  # a pipe once started
@@ -84,18 +78,27 @@ class Crew:
         self._lock = threading.RLock()
         self._members: dict[int, Member] = {}  # by the lifeline's descriptor
         self._dispatch = Dispatch()
-        self._pending = 0  # flights whose future is not settled
-        self._timed = 0  # of these, how many have a timeout
+        self._ledger = Ledger(self._lock, self._dispatch, self._ring_if_closing)
+        self._stopped: list[Flight] = []  # by terminate(), not running any more, to be settled by the loop
         self._false_starts = 0
         self._is_closing = self._is_killing = self._has_ended = False
         self._fatal: Exception | None = None
         self._is_rung = False
-        self.tally = Tally()
 
     @property
     def channel(self) -> TokenChannel:
         """The anonymous board all workers read."""
         return self._channel
+
+    @property
+    def tally(self) -> Tally:
+        """What the crew has counted so far."""
+        return self._ledger.tally
+
+    @property
+    def largest_batch(self) -> int | None:
+        """As many calls as a worker may make in its life."""
+        return self._setup.max_tasks
 
     @property
     def has_ended(self) -> bool:
@@ -105,7 +108,7 @@ class Crew:
     @property
     def backlog(self) -> int:
         """How many tasks are not settled yet."""
-        return self._pending
+        return self._ledger.pending
 
     @property
     def pids(self) -> list[int]:
@@ -155,34 +158,55 @@ class Crew:
         flight = Flight(task, next(self._numbers), task.fn, kind, payload, future)
         with self._lock:
             self._refuse_if_over()
-            self._pending += 1
-            self._timed += task.timeout is not None
+            self._ledger.open(flight)
             self._dispatch.add(flight)
             loaded = self._assign(fill=False)
-        if loaded or task.timeout is not None:
-            self._send(loaded, ring=task.timeout is not None)
+            ring = task.timeout is not None or self._setup.max_tasks is not None  # the loop has something to watch
+        if loaded or ring:
+            self._send(loaded, ring=ring)
         return future
+
+    def terminate(self, future: Future[Any]) -> bool:
+        """Stop one task, at the cost of its worker if it is running."""
+        if future.cancel():
+            return True
+        with self._lock:
+            if future.done():
+                return False
+            for member in self._members.values():
+                for flight in member.flights:
+                    if flight.future is future:
+                        self._stop(flight, member)
+                        return True
+            waiting = self._dispatch.take_out(future)
+            if waiting is not None:
+                self._stopped.append(waiting)
+                self._ring()
+                return True
+        if future.done():
+            return False
+        msg = "this future is of no task of this pool"
+        raise ValueError(msg)
 
     def shutdown(self, *, cancel: bool = False, kill: bool = False) -> None:
         """Take no more tasks; see ``Engine.shutdown``. Returns at once."""
         with self._lock:
             self._is_closing = True
             self._is_killing |= kill
+            self._ledger.is_closed |= kill
             dropped = self._dispatch.clear() if cancel or kill else []
             self._ring()
         for flight in dropped:
-            if not flight.future.cancel():  # it ran before, and waits for another attempt
-                self._settle(flight, TaskTerminatedError(flight.task.label))
-            else:
-                flight.future.set_running_or_notify_cancel()
-                with self._lock:
-                    self._forget(flight)
+            self._ledger.drop(flight, TaskTerminatedError(flight.task.label))
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the loop's end."""
-        if self._thread.ident is not None and threading.current_thread() is not self._thread:
+        if self._thread.ident is None or threading.current_thread() is self._thread:
+            return self._thread.ident is None
+        # Not for the thread itself: before Python 3.13 one whose join() was interrupted counts as stopped from then on.
+        if self._is_over_for_good.wait(timeout):
             self._thread.join(timeout)
-        return not self._thread.is_alive()
+        return self._is_over_for_good.is_set()
 
     def let_go(self) -> None:
         """Close a forked child's copies of the descriptors; with them open, workers would outlive their parent."""
@@ -212,7 +236,7 @@ class Crew:
         while pair := self._dispatch.next_pair(self._members.values(), fill=fill):
             flight, member = pair
             if not flight.is_running and not flight.future.set_running_or_notify_cancel():
-                self._forget(flight)
+                self._ledger.forget(flight)
                 continue
             flight.is_running = True
             if not member.flights:
@@ -220,6 +244,28 @@ class Crew:
             member.load(flight)
             loaded.add(member)
         return loaded
+
+    def _stop(self, flight: Flight, member: Member) -> None:
+        """Kill the worker if it runs this flight, else ask for the flight back; it may begin meanwhile."""
+        flight.is_unwanted = True
+        if member.flights[0] is flight:
+            self._condemn_if_unwanted(member)
+        else:
+            member.recall()
+
+    def _condemn_if_unwanted(self, member: Member) -> None:
+        if member.flights and member.flights[0].is_unwanted and member.doom is None:
+            head = member.flights[0]
+            member.condemn(head, TaskTerminatedError(head.task.label))
+
+    def _put_back(self, flights: Iterable[Flight]) -> None:
+        """Queue what a worker has not begun."""
+        self._stopped += [flight for flight in flights if flight.is_unwanted]
+        self._dispatch.put_back(flight for flight in flights if not flight.is_unwanted)
+
+    def _ring_if_closing(self) -> None:
+        if self._is_closing:
+            self._ring()
 
     def _ring(self) -> None:
         if not self._is_rung and not self._has_ended and self._bell_out >= 0:
@@ -259,19 +305,18 @@ class Crew:
 
     def _is_over(self) -> bool:
         with self._lock:
-            return self._fatal is not None or self._is_killing or (self._is_closing and self._pending == 0)
+            return self._fatal is not None or self._is_killing or (self._is_closing and not self._ledger.pending)
 
     def _launch_one_missing(self) -> None:
         """Launch a worker if one is missing; one at a time, so that those already there are heard meanwhile."""
-        if len(self._members) >= self.workers or (self._is_closing and len(self._members) >= self._pending):
+        staying = sum(not member.is_leaving for member in list(self._members.values()))
+        if staying >= self.workers or (self._is_closing and staying >= self._ledger.pending):
             return
         if time.monotonic() < self._launch_not_before:
             return
         try:
             with _launching:
-                member = Member.launch(
-                    self._board, self._pickled_setup, self._setup.env, self._blanked(), self._landing
-                )
+                member = Member.launch(self._board, self._setup, self._pickled_setup, self._blanked(), self._landing)
                 with self._lock:
                     self._members[member.fileno()] = member
         except OSError as exc:
@@ -288,9 +333,9 @@ class Crew:
             moments = [_LONGEST_NAP + (now := time.monotonic())]
             if self._dispatch.next_due is not None:
                 moments.append(self._dispatch.next_due)
-            if len(self._members) < self.workers and not self._is_closing:
+            if sum(not member.is_leaving for member in self._members.values()) < self.workers and not self._is_closing:
                 moments.append(self._launch_not_before)
-            if self._timed:
+            if self._ledger.timed:
                 moments += [limit for limit, _ in self._limits()]
             moments += [member.head_since + STUCK_AFTER for member in self._waited_for()]
         return max(0.0, min(moments) - now) * 1000 + (min(moments) > now)
@@ -330,6 +375,7 @@ class Crew:
                 answers = [(self._land(member, message), message) for message in messages]
                 self._dispatch.note_room()
                 loaded = self._assign(fill=True)
+                self._dismiss_spent()
             self._send(loaded)
             if member.has_unsent or event & select.POLLOUT:
                 self._watch(member)
@@ -347,25 +393,31 @@ class Crew:
         self._poll.modify(member.fileno(), select.POLLIN | (select.POLLOUT if member.has_unsent else 0))
 
     def _land(self, member: Member, message: Message) -> Flight | None:
-        """Take a message's effect on the worker's state; under the lock. Returns the flight it answers."""
+        """Take a message's effect on the worker's state; under the lock. Returns the flight it is about."""
         if message.kind == Kind.READY:
             member.is_ready = True
             self._false_starts = 0
         if message.kind == Kind.RETURNED:
-            returned = member.take_back(load(message.payload))
-            self._dispatch.put_back(returned)
+            self._put_back(member.take_back(load(message.payload)))
+        if message.kind == Kind.GREW:
+            member.is_retiring = True
+        if message.kind == Kind.LOG:
+            return member.flights[0] if member.flights else None
         if message.kind not in {Kind.RESULT, Kind.ERROR}:
             return None
         flight = member.flights.popleft()
         member.head_since = time.monotonic()
+        self._condemn_if_unwanted(member)
         if not flight.task.batch:
             self._dispatch.note_pace(flight, message.seconds)
         return flight
 
     def _take(self, member: Member, flight: Flight | None, message: Message) -> None:
         """Act on a message; outside the lock."""
-        if flight is not None:
-            self._take_answer(flight, message)
+        if message.kind == Kind.LOG:
+            deliver(message.payload, member.pid, flight.task.label if flight is not None else None)
+        elif flight is not None:
+            self._ledger.take_answer(flight, message)
         elif message.kind == Kind.REFUSED:
             self.on_refused(message.number)
         elif message.kind == Kind.UNFIT:
@@ -373,61 +425,10 @@ class Crew:
             unfit = InitializerError(f"{type(error).__name__}: {error}")
             unfit.__cause__ = error.__cause__
             self._fail_all(unfit)
+        elif message.kind == Kind.GREW:
+            logger.info("worker %d has grown to %.0f MB and is replaced", member.pid, message.number / 1e6)
         elif message.kind == Kind.READY:
             logger.debug("worker %d is ready", member.pid)
-
-    def _take_answer(self, flight: Flight, message: Message) -> None:
-        if message.kind == Kind.ERROR:
-            error = load_error(bytes(message.payload))
-            if not self._try_again(flight, error):
-                self._settle(flight, error)
-            return
-        try:
-            result = load(message.payload)
-            if flight.task.batch:
-                results, errors = result
-                errors = {index: load_error(pickled) for index, pickled in errors.items()}
-                result = BatchResult(results, errors, message.seconds)
-        except BaseException as exc:  # noqa: BLE001 - border: unpickling runs the result's own code
-            reason = f"it cannot be unpickled in the parent: {type(exc).__name__}: {exc}"
-            self._settle(flight, UnpicklableError("result", f"the result of {flight.task.label}", reason))
-        else:
-            self._settle(flight, None, result)
-
-    def _try_again(self, flight: Flight, error: BaseException) -> bool:
-        """Queue another attempt where the task's retries and the error allow one; tell whether."""
-        flight.attempts += 1
-        if flight.attempts > flight.task.retries or not is_retryable(error):
-            return False
-        delay = max(self._backoff.delay(flight.attempts - 1), retry_after_of(error, now=time.time()) or 0.0)
-        with self._lock:
-            if self._is_closing and self._is_killing:
-                return False
-            self.tally.retried += 1
-            self._dispatch.delay(flight, time.monotonic() + delay)
-        text = "%s failed with %s; attempt %d of %d in %.1f s"
-        logger.warning(
-            text, flight.task.label, type(error).__name__, flight.attempts + 1, flight.task.retries + 1, delay
-        )
-        return True
-
-    def _settle(self, flight: Flight, error: BaseException | None, result: object = None) -> None:
-        """Give the future its end; its callbacks run here, so outside the lock."""
-        if error is None:
-            flight.future.set_result(result)
-        else:
-            flight.future.set_exception(error)
-        with self._lock:
-            self.tally.done += error is None
-            self.tally.failed += error is not None
-            self._forget(flight)
-
-    def _forget(self, flight: Flight) -> None:
-        """Count a flight out; under the lock."""
-        self._pending -= 1
-        self._timed -= flight.task.timeout is not None
-        if self._is_closing and self._pending == 0:
-            self._ring()
 
     def _lose(self, member: Member) -> None:
         """A worker is gone: its running task has failed, what waited behind it goes back to the queue's head."""
@@ -435,23 +436,25 @@ class Crew:
         with self._lock:
             del self._members[member.fileno()]
             head = member.flights.popleft() if member.flights and not self._may_go_again(member) else None
-            self._dispatch.put_back(member.flights)
+            self._put_back(member.flights)
             member.flights.clear()
             self._false_starts += not member.is_ready
-            self.tally.workers_lost += 1
+            self.tally.workers_lost += not member.is_leaving
         exitcode = member.reap()
-        logger.warning("worker %d ended with exit code %s", member.pid, exitcode)
+        level = logging.DEBUG if member.is_leaving else logging.WARNING
+        logger.log(level, "worker %d ended with exit code %s", member.pid, exitcode)
         if self._false_starts >= _MOST_FALSE_STARTS:
             self._fail_all(InitializerError(f"workers end before they are ready, the last with exit code {exitcode}"))
         if head is None:
             return
         if member.doom is None:
-            self._take_loss(head, WorkerLostError(head.task.label, member.pid, exitcode, None, head.attempts + 1))
+            error = WorkerLostError(head.task.label, member.pid, exitcode, member.peak_memory, len(head.history) + 1)
+            self._ledger.take_loss(head, error)
         elif member.doom.flight is head:
-            self._take_loss(head, member.doom.error)
+            self._ledger.take_loss(head, member.doom.error)
         else:  # the doomed task had just ended, and the next one was hit in its place
             with self._lock:
-                self._dispatch.put_back([head])
+                self._put_back([head])
 
     @staticmethod
     def _may_go_again(member: Member) -> bool:
@@ -464,12 +467,6 @@ class Crew:
         head.was_unread = True
         return True
 
-    def _take_loss(self, flight: Flight, error: TaskError) -> None:
-        if flight.task.batch and isinstance(error, WorkerLostError):
-            self._settle(flight, None, BatchResult([], {}, 0.0, lost=error))
-        elif not self._try_again(flight, error):
-            self._settle(flight, error)
-
     def _mind_the_clock(self) -> None:
         """Stop tasks that ran too long; queue those whose pause is over."""
         now = time.monotonic()
@@ -477,15 +474,25 @@ class Crew:
             self._dispatch.release_due(now)
             self._dispatch.note_room()
             loaded = self._assign(fill=True)
-            late = [member for limit, member in self._limits() if limit <= now] if self._timed else []
+            late = [member for limit, member in self._limits() if limit <= now] if self._ledger.timed else []
             for member in late:
                 flight = member.flights[0]
                 member.condemn(flight, TaskTimeoutError(flight.task.label, flight.task.timeout or 0.0))
             for member in self._waited_for():
                 if member.head_since + STUCK_AFTER <= now:
                     member.recall()
+            self._dismiss_spent()
+            stopped, self._stopped = self._stopped, []
+        for flight in stopped:
+            self._ledger.settle(flight, TaskTerminatedError(flight.task.label))
         self._send(loaded)
         self._watch_unsent()
+
+    def _dismiss_spent(self) -> None:
+        """Tell workers that have done their share to go; under the lock."""
+        for member in self._members.values():
+            if member.is_retiring and not member.flights and not member.is_leaving:
+                member.dismiss()
 
     def _fail_all(self, error: Exception) -> None:
         """The pool is beyond help: all its futures get this error, and so does every later submit."""
@@ -497,12 +504,10 @@ class Crew:
         """Settle what is queued or delayed."""
         with self._lock:
             flights = self._dispatch.clear()
+            flights += self._stopped
+            self._stopped = []
         for flight in flights:
-            if flight.is_running or flight.future.set_running_or_notify_cancel():
-                self._settle(flight, error_for(flight))
-            else:
-                with self._lock:
-                    self._forget(flight)
+            self._ledger.fail(flight, error_for(flight))
 
     def _stop_members(self) -> None:
         """End the workers: by request if they are idle, by SIGKILL if not, or if they take too long."""
@@ -514,15 +519,17 @@ class Crew:
             if member.flights or not member.is_ready:
                 member.kill()
             else:
-                member.put(encode(Kind.STOP))
+                member.dismiss()
                 member.flush()
         for flight in running:
-            self._settle(flight, self._ending_of(flight))
+            self._ledger.settle(flight, self._ending_of(flight))
         self._drop_waiting(self._ending_of)  # a worker lost meanwhile has put its own back into the queue
         give_up = time.monotonic() + _STOP_WITHIN
         for member in members:
             self._poll.unregister(member.fileno())
-            member.await_end(max(0.0, give_up - time.monotonic()))
+            if not member.await_end(max(0.0, give_up - time.monotonic())):
+                logger.warning("worker %d did not end within %.0f s and is killed", member.pid, _STOP_WITHIN)
+                member.kill()
             member.reap()
 
     def _ending_of(self, flight: Flight) -> Exception:
@@ -535,6 +542,7 @@ class Crew:
             os.close(self._bell_out)
         self.on_end()
         self._channel.close()
+        self._is_over_for_good.set()
 
 
 def _let_go_all() -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import collections
 import heapq
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from concurrent.futures import Future
 
     from shpool.engines.member import Flight, Member
 
@@ -65,6 +66,19 @@ class Dispatch:
         self._delayed.clear()
         return flights
 
+    def take_out(self, future: Future[Any]) -> Flight | None:
+        """Take the flight of a future out of what waits; None if it is not there."""
+        for flight in self._queue:
+            if flight.future is future:
+                self._queue.remove(flight)
+                return flight
+        for entry in self._delayed:
+            if entry[2].future is future:
+                self._delayed.remove(entry)
+                heapq.heapify(self._delayed)
+                return entry[2]
+        return None
+
     def note_room(self) -> None:
         """Take note that a worker has more room than before."""
         self._is_saturated = False
@@ -86,7 +100,7 @@ class Dispatch:
         if not self._queue or (self._is_saturated and not fill):
             return None
         depth = self._depth(self._queue[0])
-        member = _roomiest(members, depth if fill else min(depth, _PRIMED))
+        member = _roomiest(members, depth if fill else min(depth, _PRIMED), self._queue[0].task.calls)
         if member is None:
             self._is_saturated = True
             return None
@@ -98,11 +112,17 @@ class Dispatch:
         return 1 if pace >= TINY else min(_DEEPEST, 1 + int(_AHEAD / max(pace, 1e-6)))
 
 
-def _roomiest(members: Iterable[Member], depth: int) -> Member | None:
-    """Return an idle worker, else the least busy one with fewer flights than ``depth`` and a head that just began."""
+def _roomiest(members: Iterable[Member], depth: int, calls: int) -> Member | None:
+    """Return an idle worker, else the least busy one with fewer flights than ``depth`` and a head that just began.
+
+    A worker that may not make so many calls any more makes way for a fresh one.
+    """
     best, fewest = None, depth
     for member in members:
         if not member.is_usable:
+            continue
+        if member.calls_left < calls:
+            member.is_retiring = True
             continue
         flying = len(member.flights)
         if not flying:

@@ -12,7 +12,7 @@ from shpool.board import anonymous_board
 from shpool.channels import BoardChannel
 from shpool.engines.base import BatchResult, Tally, WorkerSetup
 from shpool.errors import InitializerError
-from shpool.retry import Backoff, is_retryable, retry_after_of
+from shpool.retry import carry_attempts, summary_of
 from shpool.sharing import SharedSession, adopt_session
 from shpool.worker import call_each, load_error
 
@@ -34,6 +34,7 @@ class Inline:
 
     workers = 1
     backlog = 0
+    largest_batch = None
     failure = None
 
     def __init__(self, setup: WorkerSetup | None = None) -> None:
@@ -43,7 +44,6 @@ class Inline:
         board = anonymous_board()
         self._channel = BoardChannel(board)
         self._session = SharedSession(board.reader(), report=self._report)
-        self._backoff = Backoff(base=0.1, cap=10.0)
         self._is_begun = self.has_ended = False
         self.tally = Tally()
 
@@ -75,6 +75,10 @@ class Inline:
             finally:
                 adopt_session(former)
         return future
+
+    def terminate(self, future: Future[Any]) -> bool:
+        """Stop nothing: what was submitted is done."""
+        return not future.done()
 
     def shutdown(self, *, cancel: bool = False, kill: bool = False) -> None:  # noqa: ARG002 - nothing is ever pending
         """End at once."""
@@ -108,15 +112,19 @@ class Inline:
             self.tally.done += 1
 
     def _run(self, task: Task) -> object:
-        for attempt in range(task.retries + 1):
+        history: list[str] = []
+        while True:
+            attempt = len(history) + 1
             try:
                 return task.fn(*task.args, **task.kwargs)
-            except Exception as exc:  # noqa: PERF203 - an attempt each
-                if attempt == task.retries or not is_retryable(exc):
+            except Exception as exc:
+                wait = task.policy.wait_before_retry(exc, attempt, time.time())
+                if wait is None:
+                    carry_attempts(exc, history)
                     raise
-                self.tally.retried += 1
-                time.sleep(max(self._backoff.delay(attempt), retry_after_of(exc, now=time.time()) or 0.0))
-        raise AssertionError  # the loop returns or raises
+                history.append(summary_of(exc, attempt))
+            self.tally.retried += 1
+            time.sleep(wait)
 
     @staticmethod
     def _run_batch(task: Task) -> BatchResult:

@@ -5,25 +5,28 @@ from __future__ import annotations
 import collections
 import contextlib
 import errno
+import math
 import multiprocessing.process
 import os
+import resource
 import select
 import signal
 import socket
+import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shpool.engines.serve import LARGE, Kind, LifelineHandle, MessageBuffer, encode, encode_parts, work
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Sequence
     from concurrent.futures import Future
 
     from shpool.board import Board
-    from shpool.engines.base import Task
+    from shpool.engines.base import Task, WorkerSetup
     from shpool.engines.serve import Message
     from shpool.errors import TaskError
 
@@ -33,6 +36,7 @@ _ENDED = frozenset({errno.EPIPE, errno.ECONNRESET, errno.EBADF})
 _SOCKET_BUFFER = 2**20  # bytes; a message of a megabyte then takes one system call
 _READS_IN_A_ROW = 8  # from one worker, while others wait
 _MOST_FUNCTIONS = 128  # a worker keeps at a time
+_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes that ru_maxrss counts: getrusage(2) of macOS and Linux
 
 
 class PackedFunction(NamedTuple):
@@ -52,8 +56,9 @@ class Flight:
     kind: Kind
     payload: bytes
     future: Future[Any]
-    attempts: int = 0
+    history: list[str] = field(default_factory=list)  # a line for each attempt that failed
     is_running: bool = False
+    is_unwanted: bool = False  # terminate() was called for it
     was_unread: bool = False
     ends_at: int = 0  # of all bytes ever put for its worker
 
@@ -77,10 +82,21 @@ class Member:
         is_gone: The worker's end of the lifeline is closed.
         doom: Set when the process was killed for the sake of one flight.
         head_since: Boot of the first flight's run, by ``time.monotonic``.
+        calls_left: How many calls may still be sent to it.
+        is_retiring: It gets no more tasks and is to end.
+        is_leaving: It was told to end.
+        peak_memory: Most bytes of memory it ever held, None when unknown; there once it was reaped.
         died_unread: The worker ended before it had read all that was sent: it has not begun the last flight.
     """
 
-    def __init__(self, process: Any, end: socket.socket, recall: int, landing: memoryview) -> None:  # noqa: ANN401 - loky has no types
+    def __init__(
+        self,
+        process: Any,  # noqa: ANN401 - loky has no types
+        end: socket.socket,
+        recall: int,
+        landing: memoryview,
+        most_calls: int | None,
+    ) -> None:
         self._process = process
         self._end = end
         self._recall = recall  # the descriptor that a byte is written to
@@ -98,10 +114,14 @@ class Member:
         self.doom: Doom | None = None
         self.head_since = 0.0
         self.died_unread = False
+        self.calls_left = math.inf if most_calls is None else most_calls
+        self.is_retiring = self.is_leaving = False
+        self.peak_memory: int | None = None
+        self._parents_peak = _own_peak_memory()
 
     @classmethod
     def launch(
-        cls, board: Board, setup: bytes, env: Mapping[str, str], blanked: Sequence[str], landing: memoryview
+        cls, board: Board, setup: WorkerSetup, pickled_setup: bytes, blanked: Sequence[str], landing: memoryview
     ) -> Member:
         """Start a worker process with loky; ``landing`` is where the crew's loop lets messages arrive.
 
@@ -119,8 +139,8 @@ class Member:
             handle = board.handle()
             process = get_context("loky").Process(
                 target=work,
-                args=(LifelineHandle(theirs, recalled), handle, setup, tuple(blanked)),
-                env={**env, **dict.fromkeys(blanked, "")},
+                args=(LifelineHandle(theirs, recalled), handle, pickled_setup, tuple(blanked)),
+                env={**setup.env, **dict.fromkeys(blanked, "")},
             )
             resource_tracker.ensure_running()  # before Python 3.13 its launch, inside start(), unblocks SIGINT
             # Blocked here, hence in the child from its first instruction on; it unblocks once it ignores ^C.
@@ -142,7 +162,7 @@ class Member:
         # Else multiprocessing would wait for it at the interpreter's exit, before the pool is told to end.
         getattr(multiprocessing.process, "_children", set()).discard(process)
         ours.setblocking(False)
-        return cls(process, ours, recall, landing)
+        return cls(process, ours, recall, landing, setup.max_tasks)
 
     def fileno(self) -> int:
         """Return the lifeline's descriptor, for ``poll``."""
@@ -151,7 +171,7 @@ class Member:
     @property
     def is_usable(self) -> bool:
         """Tell whether tasks may be sent here."""
-        return self.is_ready and not self.is_gone and self.doom is None
+        return self.is_ready and not self.is_gone and self.doom is None and not self.is_retiring
 
     @property
     def is_full(self) -> bool:
@@ -166,6 +186,8 @@ class Member:
     def load(self, flight: Flight) -> None:
         """Put the messages that start a flight, the function included where this worker lacks it."""
         self.flights.append(flight)
+        self.calls_left -= flight.task.calls
+        self.is_retiring = self.calls_left < 1
         packed = flight.function
         if packed.key not in self.functions:
             if len(self.functions) >= _MOST_FUNCTIONS:  # closures made in a loop must not pile up in the worker
@@ -241,20 +263,27 @@ class Member:
         """Return the flights of these numbers: the worker will not run them."""
         returned = [flight for flight in self.flights if flight.number in numbers]
         self.flights = collections.deque(flight for flight in self.flights if flight.number not in numbers)
+        self.calls_left += sum(flight.task.calls for flight in returned)
         return returned
+
+    def dismiss(self) -> None:
+        """Put the message that ends the worker."""
+        self.is_retiring = self.is_leaving = True
+        self.put(encode(Kind.STOP))
 
     def condemn(self, flight: Flight, error: TaskError) -> None:
         """Kill the process to stop one flight; the end of the lifeline tells when it is gone."""
         self.doom = Doom(flight, error)
         self.kill()
 
-    def await_end(self, seconds: float) -> None:
+    def await_end(self, seconds: float) -> bool:
         """Wait until the worker has closed its end, so many seconds at most; what it still says is dropped."""
         ended = select.poll()
         ended.register(self._end.fileno(), select.POLLIN)
         give_up = time.monotonic() + seconds
         while not self.is_gone and ended.poll(max(0.0, give_up - time.monotonic()) * 1000):
             self.receive()
+        return self.is_gone
 
     def let_go(self) -> None:
         """Close this process's copy of the lifeline."""
@@ -281,7 +310,28 @@ class Member:
     def _exitcode_within(self, seconds: float) -> int | None:
         """Wait for the end in steps: loky waits for a pipe that the worker's own children may hold open."""
         give_up = time.monotonic() + seconds
-        while self._process.exitcode is None and time.monotonic() < give_up:
+        while not self._take_end() and self._process.exitcode is None and time.monotonic() < give_up:
             self._process.join(_REAP_STEP)
         exitcode: int | None = self._process.exitcode
         return exitcode
+
+    def _take_end(self) -> bool:
+        """Take the process's end before loky does, who would not ask what it has used."""
+        popen = getattr(self._process, "_popen", None)
+        if popen is None or popen.returncode is not None:
+            return False
+        try:
+            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+        except ChildProcessError:
+            return False
+        if not pid:
+            return False
+        popen.returncode = os.waitstatus_to_exitcode(status)
+        peak = usage.ru_maxrss * _MAXRSS_UNIT
+        # Linux counts in what the process was before exec(): a copy of this one. So a lesser peak says nothing.
+        self.peak_memory = peak if peak > self._parents_peak else None
+        return True
+
+
+def _own_peak_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT

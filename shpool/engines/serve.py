@@ -1,10 +1,11 @@
 """The lifeline: its wire format, and the worker's end of it.
 
 A message is a header and a payload. Parent to worker: FUNCTION, FORGET (all functions), CALL, BATCH, STOP. Worker to
-parent: READY, UNFIT (the initializer failed), RESULT, ERROR, REFUSED (a generation), RETURNED (calls not begun). The
-header's ``key`` is a function's digest, its ``seconds`` the time a call took. The end of the stream tells either side
-that the other is gone. Beside the stream stands a pipe on which the parent asks for what was not begun: it is heard
-in the middle of a task too.
+parent: READY, UNFIT (the initializer failed), RESULT, ERROR, REFUSED (a generation), RETURNED (calls not begun), LOG
+(a record), GREW (the worker holds more memory than it may; the number says how much). The header's ``key`` is a
+function's digest, its ``seconds`` the time a call took. The end of the stream tells either side that the other is
+gone. Beside the stream stands a pipe on which the parent asks for what was not begun: it is heard in the middle of a
+task too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from multiprocessing.reduction import DupFd
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shpool.errors import UnpicklableError
+from shpool.logs import relay
 from shpool.sharing import SharedSession, adopt_session
 from shpool.worker import call, call_each, dump, dump_each, dump_error, load
 
@@ -31,10 +33,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from shpool.board import BoardHandle, BoardReader
+    from shpool.engines.base import WorkerSetup
 
 HEADER = struct.Struct("=QBQ16sd")  # payload's length, kind, call number, function's digest, seconds
 NO_KEY = bytes(16)
 RECEIVE_SIZE = 256 * 1024  # bytes a read asks for
+_MEMORY_LOOK = 0.05  # s between two looks at the memory in use, each of which costs 10 µs
+_PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 LARGE = 64 * 1024  # bytes from which a payload is spared every copy that can be spared
 
 
@@ -53,6 +58,8 @@ class Kind(enum.IntEnum):
     REFUSED = 10
     FORGET = 11
     RETURNED = 12
+    LOG = 13
+    GREW = 14
 
 
 class Message(NamedTuple):
@@ -180,7 +187,9 @@ class Lifeline:
     def __init__(self, end: socket.socket, recalled: int) -> None:
         self._end = end
         self._recalled = recalled
-        self._writing = threading.Lock()
+        self._writing = threading.RLock()  # guards the two below
+        self._is_writing = False
+        self._postponed: list[tuple[bytes, ...]] = []  # by what ran in the middle of a write, in the same thread
         self._reading = threading.Lock()  # guards the two below
         self._incoming = MessageBuffer()
         self._arrived: collections.deque[Message] = collections.deque()
@@ -196,15 +205,34 @@ class Lifeline:
             yield message
 
     def send(self, kind: Kind, number: int = 0, payload: bytes = b"", *, seconds: float = 0.0) -> None:
-        """Send a message; waits while the parent is busy reading others."""
+        """Send a message; waits while the parent is busy reading others.
+
+        A finalizer or a signal handler that logs in the middle of a write has its message sent after that.
+        """
         with self._writing:
-            for part in encode_parts(kind, number, payload, seconds=seconds):
-                self._end.sendall(part)
+            self._postponed.append(encode_parts(kind, number, payload, seconds=seconds))
+            if self._is_writing:
+                return
+            self._is_writing = True
+            try:
+                while self._postponed:
+                    for part in self._postponed.pop(0):
+                        self._end.sendall(part)
+            finally:
+                self._is_writing = False
 
     def report(self, generation: int) -> None:
         """Tell the parent that a server refused this generation; what a task has forked cannot, and only waits."""
         with contextlib.suppress(OSError):
             self.send(Kind.REFUSED, generation)
+
+    def log(self, record: bytes) -> None:
+        """Send a log record.
+
+        Raises:
+            OSError: The parent is gone, or this is a process that a task has forked.
+        """
+        self.send(Kind.LOG, payload=record)
 
     def let_go(self) -> None:
         """Close a forked child's copy."""
@@ -269,21 +297,25 @@ def work(lifeline: Lifeline, board: BoardHandle | BoardReader, setup: bytes, bla
     os.register_at_fork(after_in_child=lifeline.let_go)
     threading.Thread(target=lifeline.watch, name="shpool-watch", daemon=True).start()
     try:
-        _initialise(lifeline, board, setup)
+        max_memory = _initialise(lifeline, board, setup)
     except BaseException as exc:  # noqa: BLE001 - border: the initializer is the user's
         lifeline.send(Kind.UNFIT, payload=dump_error(exc))
         return
     lifeline.send(Kind.READY, os.getpid())
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the parent has gone
-        serve(lifeline)
+        serve(lifeline, max_memory)
 
 
-def _initialise(lifeline: Lifeline, board: Any, pickled_setup: bytes) -> None:  # noqa: ANN401 - a reader by now
-    setup = load(pickled_setup)
+def _initialise(lifeline: Lifeline, board: Any, pickled_setup: bytes) -> int | None:  # noqa: ANN401 - a reader by now
+    """Make this process what the ``WorkerSetup`` says; return the memory it may hold."""
+    setup: WorkerSetup = load(pickled_setup)
     session = SharedSession(board, report=lifeline.report)
     adopt_session(session)
+    if setup.log_level is not None:
+        relay(setup.log_level, lifeline.log, session.known_secrets)
     if setup.initializer is not None:
         setup.initializer(*setup.initargs)
+    return setup.max_memory
 
 
 def _die_with_parent() -> None:
@@ -301,9 +333,10 @@ def _die_with_parent() -> None:
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
-def serve(lifeline: Lifeline) -> None:
-    """Run tasks one after another until STOP or the parent's end."""
+def serve(lifeline: Lifeline, max_memory: int | None = None) -> None:
+    """Run tasks one after another until STOP or the parent's end; tell when they have left too much memory in use."""
     functions: dict[bytes, bytes | Callable[..., Any]] = {}
+    next_look = 0.0
     for message in lifeline.messages():
         if message.kind == Kind.FUNCTION:
             functions[message.key] = bytes(message.payload)
@@ -315,7 +348,24 @@ def serve(lifeline: Lifeline) -> None:
             begun = time.perf_counter()
             done, payload = _run(functions, message)
             kind = Kind.RESULT if done else Kind.ERROR
-            lifeline.send(kind, message.number, payload, seconds=time.perf_counter() - begun)
+            ended = time.perf_counter()
+            lifeline.send(kind, message.number, payload, seconds=ended - begun)
+            if max_memory is not None and ended >= next_look:
+                next_look = ended + _MEMORY_LOOK
+                if (held := resident_memory()) > max_memory:
+                    lifeline.send(Kind.GREW, held)
+                    max_memory = None  # said once; the parent sends nothing new from then on
+
+
+def resident_memory() -> int:
+    """Return the bytes of memory this process holds; where the system does not tell, the most it ever held."""
+    try:
+        with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - a third of pathlib's time
+            return int(file.read().split()[1]) * _PAGE_SIZE
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def _run(functions: dict[bytes, bytes | Callable[..., Any]], message: Message) -> tuple[bool, bytes]:

@@ -1,0 +1,139 @@
+"""What is owed: the flights whose futures have no end yet, and what becomes of each attempt.
+
+Whatever an attempt came to, it ends here in one of two ways: the future gets its end, or the flight another attempt.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from shpool.engines.base import BatchResult, Tally
+from shpool.engines.serve import Kind
+from shpool.errors import TaskError, UnpicklableError, WorkerLostError
+from shpool.retry import carry_attempts, summary_of
+from shpool.worker import load, load_error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from shpool.engines.dispatch import Dispatch
+    from shpool.engines.member import Flight
+    from shpool.engines.serve import Message
+
+logger = logging.getLogger(__name__)
+
+
+class Ledger:
+    """Count flights in, and settle them. Futures' callbacks run here, so never under the lock.
+
+    Args:
+        lock: The crew's; it guards the counters.
+        dispatch: Where a flight waits for its next attempt.
+        on_balance: Called under the lock when nothing is owed any more.
+
+    Attributes:
+        pending: Flights whose future is not settled.
+        timed: Of these, how many have a timeout.
+        tally: What was counted so far.
+        is_closed: No flight gets another attempt.
+    """
+
+    def __init__(self, lock: AbstractContextManager[Any], dispatch: Dispatch, on_balance: Callable[[], None]) -> None:
+        self._lock = lock
+        self._dispatch = dispatch
+        self._on_balance = on_balance
+        self.pending = 0
+        self.timed = 0
+        self.tally = Tally()
+        self.is_closed = False
+
+    def open(self, flight: Flight) -> None:
+        """Count a flight in; under the lock."""
+        self.pending += 1
+        self.timed += flight.task.timeout is not None
+
+    def forget(self, flight: Flight) -> None:
+        """Count a flight out; under the lock."""
+        self.pending -= 1
+        self.timed -= flight.task.timeout is not None
+        if not self.pending:
+            self._on_balance()
+
+    def settle(self, flight: Flight, error: BaseException | None, result: object = None) -> None:
+        """Give the future its end."""
+        if error is None:
+            flight.future.set_result(result)
+        else:
+            carry_attempts(error, flight.history)
+            flight.future.set_exception(error)
+        with self._lock:
+            self.tally.done += error is None
+            self.tally.failed += error is not None
+            self.forget(flight)
+
+    def drop(self, flight: Flight, error: BaseException) -> None:
+        """End a flight that waits: cancelled if it never ran, else with this error."""
+        if flight.is_running or not flight.future.cancel():
+            self.settle(flight, error)
+            return
+        flight.future.set_running_or_notify_cancel()
+        with self._lock:
+            self.forget(flight)
+
+    def fail(self, flight: Flight, error: BaseException) -> None:
+        """End a flight that waits with an error, unless its future was cancelled."""
+        if flight.is_running or flight.future.set_running_or_notify_cancel():
+            self.settle(flight, error)
+        else:
+            with self._lock:
+                self.forget(flight)
+
+    def take_answer(self, flight: Flight, message: Message) -> None:
+        """Act on a worker's answer."""
+        if message.kind == Kind.ERROR:
+            self._take_error(flight, load_error(bytes(message.payload)))
+            return
+        try:
+            result = load(message.payload)
+            if flight.task.batch:
+                results, errors = result
+                errors = {index: load_error(pickled) for index, pickled in errors.items()}
+                result = BatchResult(results, errors, message.seconds)
+        except BaseException as exc:  # noqa: BLE001 - border: unpickling runs the result's own code
+            reason = f"it cannot be unpickled in the parent: {type(exc).__name__}: {exc}"
+            self.settle(flight, UnpicklableError("result", f"the result of {flight.task.label}", reason))
+        else:
+            self.settle(flight, None, result)
+
+    def take_loss(self, flight: Flight, error: TaskError) -> None:
+        """Act on the end of the worker that was running a flight."""
+        if flight.task.batch and isinstance(error, WorkerLostError):
+            self.settle(flight, None, BatchResult([], {}, 0.0, lost=error))
+        else:
+            self._take_error(flight, error)
+
+    def _take_error(self, flight: Flight, error: BaseException) -> None:
+        attempt = len(flight.history) + 1
+        delay = self._wait_before_retry(flight, error, attempt)
+        if delay is None:
+            self.settle(flight, error)
+            return
+        flight.history.append(summary_of(error, attempt))
+        with self._lock:
+            self.tally.retried += 1
+            self._dispatch.delay(flight, time.monotonic() + delay)
+        text = "%s failed with %s; attempt %d of %d in %.1f s"
+        most = flight.task.policy.retries + 1
+        logger.warning(text, flight.task.label, type(error).__name__, attempt + 1, most, delay)
+
+    def _wait_before_retry(self, flight: Flight, error: BaseException, attempt: int) -> float | None:
+        if self.is_closed:
+            return None
+        try:
+            return flight.task.policy.wait_before_retry(error, attempt, time.time())
+        except Exception:
+            logger.exception("retry_if failed, so %s gets no other attempt", flight.task.label)
+            return None
