@@ -257,7 +257,7 @@ class SharingThread(threading.Thread):
         self.stop()
         if os.getpid() != self._owner:
             return
-        # Not for the thread at once: before Python 3.13 one whose join() was interrupted counts as stopped from then on.
+        # Not for the thread at once: before Python 3.13 one whose join() was interrupted counts as stopped ever after.
         if self.ident is None or self._is_over.wait(timeout):
             super().join(timeout)
 

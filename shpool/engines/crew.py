@@ -13,6 +13,7 @@ import itertools
 import logging
 import os
 import select
+import signal
 import threading
 import time
 import weakref
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MOST_FALSE_STARTS = 3  # workers in a row that die before they are ready: then the machine or the code is at fault
+_MOST_FALSE_STARTS = 3  # workers in a row that end before they are ready: then the code is at fault
+_FALSE_STARTS_WITHIN = 30.0  # s of nothing but those: then it is the machine, although a worker was ready once
 _LAUNCH_PAUSE = 1.0  # s after the system refused a process or a descriptor
 _STOP_WITHIN = 5.0  # s a worker may take to end by itself
 _LONGEST_NAP = 3600.0  # s
@@ -80,7 +82,8 @@ class Crew:
         self._dispatch = Dispatch()
         self._ledger = Ledger(self._lock, self._dispatch, self._ring_if_closing)
         self._stopped: list[Flight] = []  # by terminate(), not running any more, to be settled by the loop
-        self._false_starts = 0
+        self._false_starts: list[float] = []  # when workers ended that had not been ready, since one last was
+        self._was_ready = False  # any worker, ever
         self._is_closing = self._is_killing = self._has_ended = False
         self._fatal: Exception | None = None
         self._is_rung = False
@@ -395,8 +398,8 @@ class Crew:
     def _land(self, member: Member, message: Message) -> Flight | None:
         """Take a message's effect on the worker's state; under the lock. Returns the flight it is about."""
         if message.kind == Kind.READY:
-            member.is_ready = True
-            self._false_starts = 0
+            member.is_ready = self._was_ready = True
+            self._false_starts.clear()
         if message.kind == Kind.RETURNED:
             self._put_back(member.take_back(load(message.payload)))
         if message.kind == Kind.GREW:
@@ -438,12 +441,13 @@ class Crew:
             head = member.flights.popleft() if member.flights and not self._may_go_again(member) else None
             self._put_back(member.flights)
             member.flights.clear()
-            self._false_starts += not member.is_ready
+            if not member.is_ready:
+                self._false_starts.append(time.monotonic())
             self.tally.workers_lost += not member.is_leaving
         exitcode = member.reap()
         level = logging.DEBUG if member.is_leaving else logging.WARNING
         logger.log(level, "worker %d ended with exit code %s", member.pid, exitcode)
-        if self._false_starts >= _MOST_FALSE_STARTS:
+        if not member.is_ready and self._is_beyond_hope(exitcode):
             self._fail_all(InitializerError(f"workers end before they are ready, the last with exit code {exitcode}"))
         if head is None:
             return
@@ -455,6 +459,13 @@ class Crew:
         else:  # the doomed task had just ended, and the next one was hit in its place
             with self._lock:
                 self._put_back([head])
+
+    def _is_beyond_hope(self, exitcode: int | None) -> bool:
+        """Tell whether it is in vain to start further workers; one that was killed proves nothing by itself."""
+        if len(self._false_starts) < _MOST_FALSE_STARTS:
+            return False
+        has_failed_by_itself = not self._was_ready and exitcode != -signal.SIGKILL
+        return has_failed_by_itself or self._false_starts[-1] - self._false_starts[0] > _FALSE_STARTS_WITHIN
 
     @staticmethod
     def _may_go_again(member: Member) -> bool:
