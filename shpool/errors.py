@@ -20,15 +20,25 @@
     │   ├── TaskTimeoutError       it ran longer than its timeout
     │   ├── TaskTerminatedError    somebody stopped it while it ran
     │   └── UnpicklableError       its function, arguments, result or error cannot travel
+    ├── ShellJobError              a shell command ended with another exit status than 0
+    │   └── ShellTimeoutError      it ran longer than its timeout
     ├── InitializerError           the initializer failed in a worker
     ├── ConfigError                the configuration cannot be read or used
-    └── InputError                 a batch's target or input is not usable
+    ├── InputError                 a batch's target or input is not usable
+    └── JournalError               the journal of a batch cannot be read or written
+        ├── JournalNotFoundError   there is no such file
+        ├── NotAJournalError       the file is something else, which is never touched
+        ├── JournalMismatchError   written for another target, or in another format
+        ├── JournalInUseError      a run that is alive writes to it
+        └── JournalFullError       no space is left for it
 
 Classes take positional fields only and build their text in ``__str__``: pickle replays the fields.
 Wrong arguments are plain ``TypeError`` and ``ValueError``.
 """
 
 from __future__ import annotations
+
+import signal
 
 
 class ShpoolError(Exception):
@@ -341,6 +351,82 @@ class UnpicklableError(TaskError):
         return f"the task's {self.what} cannot travel between processes: {self.text} ({self.reason})"
 
 
+_TEMPORARY_STATUS = 75  # EX_TEMPFAIL of <sysexits.h>: "the user is invited to retry"
+_SHELL_SIGNALS = 128  # a shell's exit status for a command that a signal killed, less the signal's number
+_LONGEST_COMMAND = 200  # characters of a command in an error's text
+_LONGEST_WORDS = 300  # characters of its last words there
+
+
+class ShellJobError(ShpoolError):
+    """A shell command ended with another exit status than 0, or by a signal.
+
+    Args:
+        command: What the shell was told; never the token.
+        status: Its exit status; negative for a signal that killed the shell itself.
+        stderr: The last lines it wrote there.
+    """
+
+    def __init__(self, command: str, status: int, stderr: str = "") -> None:
+        super().__init__(command, status, stderr)
+        self.command = command
+        self.status = status
+        self.stderr = stderr
+
+    @property
+    def signal_name(self) -> str:
+        """Name of the signal that killed the command, such as ``SIGSEGV``; empty if none did."""
+        number = -self.status if self.status < 0 else self.status - _SHELL_SIGNALS
+        try:
+            return signal.Signals(number).name
+        except ValueError:
+            return ""
+
+    @property
+    def is_temporary(self) -> bool:
+        """Tell whether another run may succeed.
+
+        That is so for exit status 75, which says just that, and after SIGKILL, which the kernel sends when memory is
+        short, as for a lost worker. Any other status means what its program means by it, mostly the same next time.
+        """
+        return self.status == _TEMPORARY_STATUS or self.signal_name == "SIGKILL"
+
+    def __str__(self) -> str:
+        how = f"exit status {self.status}" if self.status >= 0 else f"signal {-self.status}"
+        named = f" ({self.signal_name})" if self.signal_name else ""
+        return f"{self._shown} ended with {how}{named}{self._last_words}; run it by hand to see all of it"
+
+    @property
+    def _shown(self) -> str:
+        text = " ".join(self.command.split())
+        return f"command [{text if len(text) <= _LONGEST_COMMAND else text[: _LONGEST_COMMAND - 1] + '…'}]"
+
+    @property
+    def _last_words(self) -> str:
+        words = " | ".join(" ".join(line.split()) for line in self.stderr.splitlines()[-3:])
+        return f": {words[-_LONGEST_WORDS:]}" if words else ""
+
+
+class ShellTimeoutError(ShellJobError, TimeoutError):
+    """A shell command ran longer than its timeout and was stopped, with all it had started.
+
+    Args:
+        command: What the shell was told.
+        timeout: The limit in seconds.
+        stderr: The last lines it wrote there.
+    """
+
+    def __init__(self, command: str, timeout: float, stderr: str = "") -> None:
+        super().__init__(command, -signal.SIGTERM, stderr)
+        self.args = (command, timeout, stderr)
+        self.timeout = timeout
+
+    def __str__(self) -> str:
+        return (
+            f"{self._shown} ran longer than {self.timeout:g} s and was stopped{self._last_words}; "
+            "raise the timeout or split the job"
+        )
+
+
 class InitializerError(ShpoolError):
     """The initializer raised in a worker, so no task can run.
 
@@ -390,3 +476,103 @@ class InputError(ShpoolError, ValueError):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}" + (f"; {self.hint}" if self.hint else "")
+
+
+class JournalError(ShpoolError):
+    """The journal of a batch cannot be read or written.
+
+    Args:
+        path: The journal's file.
+        reason: What is wrong.
+        hint: What to do.
+    """
+
+    def __init__(self, path: str, reason: str, hint: str = "") -> None:
+        super().__init__(path, reason, hint)
+        self.path = path
+        self.reason = reason
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"journal {self.path}: {self.reason}" + (f"; {self.hint}" if self.hint else "")
+
+
+class JournalNotFoundError(JournalError, FileNotFoundError):
+    """There is no journal at that place.
+
+    Args:
+        path: Where it was looked for.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, "there is no such file", "give the file that a run was given as its --journal")
+        self.args = (path,)
+
+
+class NotAJournalError(JournalError):
+    """The file is something else; it is left as it is, whatever was asked for.
+
+    Args:
+        path: The file.
+        reason: What it is.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason, "give another --journal; a file that is no journal is never overwritten")
+        self.args = (path, reason)
+
+    def __str__(self) -> str:
+        return f"{self.path} is no journal of shpool: {self.reason}; {self.hint}"
+
+
+class JournalMismatchError(JournalError):
+    """The journal was written for another target, or in another format.
+
+    Args:
+        path: The journal's file.
+        what: ``target`` or ``format version``.
+        found: What the file says.
+        wanted: What was asked for.
+    """
+
+    def __init__(self, path: str, what: str, found: str, wanted: str) -> None:
+        reason = f"it was written for {what} {found}, not {wanted}"
+        super().__init__(path, reason, "give another --journal, or --fresh to forget all that it holds")
+        self.args = (path, what, found, wanted)
+        self.what = what
+        self.found = found
+        self.wanted = wanted
+
+
+class JournalInUseError(JournalError):
+    """A run that is alive writes to the journal.
+
+    Args:
+        path: The journal's file.
+        pid: That run's process; 0 when it did not tell.
+    """
+
+    def __init__(self, path: str, pid: int) -> None:
+        process = f"process {pid}" if pid else "another process"
+        super().__init__(
+            path, f"{process} is running with it", "wait for that run or end it, or give another --journal"
+        )
+        self.args = (path, pid)
+        self.pid = pid
+
+
+class JournalFullError(JournalError):
+    """There is no space left for the journal; what it holds is safe.
+
+    Args:
+        path: The journal's file.
+        recorded: Jobs whose end it holds; None when they could not be counted.
+    """
+
+    def __init__(self, path: str, recorded: int | None = None) -> None:
+        hint = "free some and run the same command again"
+        if recorded is not None:
+            hint += f", {recorded} jobs are recorded"
+        super().__init__(path, "no space is left on its disk", hint)
+        self.args = (path, recorded)
+        self.recorded = recorded

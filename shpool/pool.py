@@ -18,6 +18,7 @@ from shpool.channels import NamedChannel, TeeChannel
 from shpool.engines.base import Engine, Task, WorkerSetup
 from shpool.errors import LoginError, TokenUnavailableError
 from shpool.lazymap import LazyMap, MapOptions
+from shpool.redaction import SECRET_VARIABLES
 from shpool.refresh import State
 from shpool.retry import Backoff, RetryPolicy, is_retryable
 from shpool.sharing import SharingThread
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 F = TypeVar("F")
 
-# Never inherited by workers; besides these, any variable whose value is the session's own secret.
-_SECRET_VARIABLES = ("SH_CLIENT_SECRET", "SHPOOL_CLIENT_SECRET")
 # One per library that would start a thread for each processor in every worker; loky sets none of them.
 _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -510,7 +509,7 @@ def _checked_level(level: int | str | None) -> int | None:
 def _secret_variables(session: object) -> tuple[str, ...]:
     """Return the environment variables no worker may inherit."""
     is_secret = getattr(session, "is_secret", lambda _: False)
-    return (*_SECRET_VARIABLES, *(name for name, value in os.environ.items() if is_secret(value)))
+    return (*SECRET_VARIABLES, *(name for name, value in os.environ.items() if is_secret(value)))
 
 
 def _end_all() -> None:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MASK = "***"
+# Never inherited by what a parent starts; besides these, any variable whose value is the session's own secret.
+SECRET_VARIABLES = ("SH_CLIENT_SECRET", "SHPOOL_CLIENT_SECRET")
 
 # The first prints request bodies and token responses at DEBUG (read in requests_oauthlib 2.0.0); the
 # others print none today, and lie on the same path.

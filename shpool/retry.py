@@ -13,7 +13,14 @@ from datetime import timezone
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Literal
 
-from shpool.errors import LoginError, LoginRefusedError, TaskTimeoutError, TokenResponseError, WorkerLostError
+from shpool.errors import (
+    LoginError,
+    LoginRefusedError,
+    ShellJobError,
+    TaskTimeoutError,
+    TokenResponseError,
+    WorkerLostError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -137,6 +144,8 @@ def is_retryable(error: BaseException) -> bool:
         return not final and (error.status is None or is_temporary_status(error.status))
     if isinstance(error, (WorkerLostError, TaskTimeoutError)):
         return True
+    if isinstance(error, ShellJobError):
+        return isinstance(error, TimeoutError) or error.is_temporary
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(status, int):
         return is_temporary_status(status)

@@ -19,10 +19,18 @@ from shpool.errors import (
     InitializerError,
     InputError,
     InsecureUrlError,
+    JournalError,
+    JournalFullError,
+    JournalInUseError,
+    JournalMismatchError,
+    JournalNotFoundError,
     LoginError,
     LoginRefusedError,
     NoSessionError,
+    NotAJournalError,
     OpaqueTokenError,
+    ShellJobError,
+    ShellTimeoutError,
     ShpoolError,
     TaskError,
     TaskTerminatedError,
@@ -64,9 +72,20 @@ SAMPLES = [
     (TaskTimeoutError("load('a.tif')", 2.0), "raise timeout="),
     (TaskTerminatedError("load('a.tif')"), "submit it again"),
     (UnpicklableError("result", "<lock>", "cannot pickle"), "cannot pickle"),
+    (ShellJobError("cp a b", 1, "cp: cannot stat 'a'\n"), "cp: cannot stat 'a'; run it by hand"),
+    (ShellJobError("cp a\ncp b", -9), "signal 9 (SIGKILL)"),
+    (ShellTimeoutError("cp a b", 2.0, "at 7 %\nat 8 %"), "was stopped: at 7 % | at 8 %; raise the timeout"),
     (InitializerError("ValueError: no"), "initializer failed"),
     (ConfigError("/home/a/config.toml", "no profile 'x'; there are: y"), "there are: y"),
     (InputError("jobs.jsonl:3", "not JSON", "write one JSON value a line"), "one JSON value a line"),
+    (JournalError("run.db", "it is damaged", "restore it"), "restore it"),
+    (JournalNotFoundError("run.db"), "--journal"),
+    (NotAJournalError("notes.txt", "it is text"), "give another --journal"),
+    (JournalMismatchError("run.db", "target", "a:f", "a:g"), "--fresh"),
+    (JournalInUseError("run.db", 4711), "4711"),
+    (JournalInUseError("run.db", 0), "wait for that run"),
+    (JournalFullError("run.db", 12), "12 jobs are recorded"),
+    (JournalFullError("run.db"), "free some"),
 ]
 
 
@@ -122,12 +141,32 @@ def test_notes_travel_with_the_error() -> None:
         (BoardInUseError("n", 1), FileExistsError),
         (ForeignBoardError("n"), PermissionError),
         (TaskTimeoutError("t", 1.0), TimeoutError),
+        (ShellTimeoutError("cp a b", 2.0), TimeoutError),
         (OpaqueTokenError("r"), ValueError),
         (ConfigError("p", "r"), ValueError),
         (InputError("w", "r"), ValueError),
+        (JournalNotFoundError("p"), FileNotFoundError),
         (NoSessionError(), RuntimeError),
     ],
     ids=_name,
 )
 def test_error_is_also_what_the_standard_library_would_raise(error: ShpoolError, base: type[Exception]) -> None:
     assert isinstance(error, base)
+
+
+@pytest.mark.parametrize(
+    ("status", "name", "is_temporary"),
+    [
+        (1, "", False),
+        (75, "", True),
+        (-9, "SIGKILL", True),
+        (137, "SIGKILL", True),
+        (-11, "SIGSEGV", False),
+        (255, "", False),
+    ],
+)
+def test_a_command_is_worth_another_run_only_where_its_end_says_so(
+    status: int, name: str, *, is_temporary: bool
+) -> None:
+    error = ShellJobError("cp a b", status)
+    assert (error.signal_name, error.is_temporary) == (name, is_temporary)

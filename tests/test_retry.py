@@ -13,7 +13,15 @@ import urllib3.exceptions
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shpool.errors import LoginError, LoginRefusedError, TaskTimeoutError, TokenResponseError, WorkerLostError
+from shpool.errors import (
+    LoginError,
+    LoginRefusedError,
+    ShellJobError,
+    ShellTimeoutError,
+    TaskTimeoutError,
+    TokenResponseError,
+    WorkerLostError,
+)
 from shpool.retry import (
     Backoff,
     RetryPolicy,
@@ -230,3 +238,18 @@ def test_many_long_attempts_make_a_note_of_bounded_length() -> None:
     [note] = error.__notes__
     assert len(note) < 2000
     assert note.endswith("and 92 more")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ShellJobError("true", 1, ""), False),
+        (ShellJobError("true", 75, ""), True),
+        (ShellJobError("true", -9, ""), True),
+        (ShellTimeoutError("true", 1.0, ""), True),
+    ],
+    ids=repr,
+)
+def test_a_shell_command_tells_by_its_status_whether_to_retry(error: ShellJobError, *, expected: bool) -> None:
+    """Exit status 75 is EX_TEMPFAIL of sysexits.h; SIGKILL comes when memory is short."""
+    assert is_retryable(error) is expected

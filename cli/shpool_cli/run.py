@@ -26,7 +26,7 @@ from shpool_cli.credentials import (
 )
 from shpool_cli.inputs import Format, Input, open_input
 from shpool_cli.options import at_least
-from shpool_cli.results import ResultWriter, open_output
+from shpool_cli.output.results import ResultWriter, open_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,0 +1,297 @@
+"""The journal of a batch: which jobs are done, so that the same command again runs only the others.
+
+A `Journal` is what a run holds:
+
+1. ``claim`` each job of the input: it says whether to run it.
+2. ``begin`` it when it is handed to a worker, ``end`` it with its result. Both return at once: a thread writes.
+3. ``on_durable`` is called once an end can no longer be lost; only then may it be reported.
+
+`JournalView` (journal_view.py) is for whoever only reads.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from array import array
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from shpool.errors import JournalError
+from shpool.journal.file import resolved
+from shpool.journal.keys import KeyFilter
+from shpool.journal.rows import JobRecord, RunRecord
+from shpool.journal.run import RunFile
+from shpool.journal.texts import arguments_of, error_columns, storable
+from shpool.journal.writer import Batch, BatchWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from shpool.jobs import Job, JobResult
+
+__all__ = ["Claim", "Ended", "JobRecord", "Journal", "RunRecord"]
+
+_NO_ERROR = (None, None, None, None)
+
+Verdict = Literal["run", "done", "duplicate", "skip"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What to do with a job of the input.
+
+    Attributes:
+        verdict: ``run`` it; it was ``done`` by an earlier run; it is a ``duplicate`` of a job that this run
+            claimed before; or ``skip`` it, as it is not among the jobs asked for.
+        record: What the journal knows of the job. Of one to run: how it ended before, None for a new one. Of a
+            duplicate: how it ended, or None while that is not durable; then it is told with the job itself, see
+            ``Ended.indexes``.
+    """
+
+    verdict: Verdict
+    record: JobRecord | None = None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job whose end is durable.
+
+    Attributes:
+        indexes: Positions in the input: of the job that ran, then of those that were found to be the same meanwhile.
+        record: What the journal holds of it.
+    """
+
+    indexes: tuple[int, ...]
+    record: JobRecord
+
+
+@dataclass
+class _Flight:
+    """A job between its claim and its end."""
+
+    indexes: array[int]
+    arguments: str
+    begun: float
+    worker: int | None = None
+    is_noted: bool = False  # its beginning was given to the writer
+
+
+class Journal:
+    """Record one run's jobs in an SQLite file.
+
+    Use it from one thread, as a context manager. A run that is killed loses nothing that ``on_durable`` told.
+
+    Args:
+        path: The file; made when missing, readable for this user only.
+        target: Text that names the function, as in ``job_key``; another one in the file is refused.
+        fresh: Forget all that the file holds, of whatever target and format.
+        command: What to call this run in the file.
+        on_durable: Called with jobs whose end is durable, in the order they ended, in the writing thread; it must not
+            call the journal. What it raises ends the run as an error of the writing does.
+        clock: Wall clock.
+
+    Raises:
+        JournalError: The file cannot be used; each class says why and what to do.
+    """
+
+    def __init__(  # noqa: PLR0913 - the last is for tests
+        self,
+        path: Path | str,
+        target: str,
+        *,
+        fresh: bool = False,
+        command: str = "",
+        on_durable: Callable[[list[Ended]], None] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.path = resolved(path)
+        self._on_durable = on_durable
+        self._clock = clock
+        self._is_open = True
+        self._file = RunFile(self.path, storable(target), fresh=fresh)
+        # Only of a journal without jobs: reading in a million keys would take longer than looking them up.
+        self._keys = None if self._file.holds_jobs else KeyFilter()
+        self._run = self._file.enter(os.getpid(), storable(command), clock())
+        self._writer = BatchWriter(self._save, self._tell)
+        # Guarded by the writer's lock, as is self._run.
+        self._in_flight: dict[str, _Flight] = {}  # claimed and not ended: no more than the batch's window
+        self._unsaved: dict[str, _Flight] = {}  # ended and not durable: no more than the writer's backlog
+
+    @property
+    def run(self) -> int:
+        """Number of this run, from 1."""
+        return self._run.id
+
+    def claim(self, job: Job, *, only_failed: bool = False) -> Claim:
+        """Say what to do with a job; ask once for each job of the input, and run it where told to.
+
+        Args:
+            job: The job, whose position goes into ``Ended.indexes``.
+            only_failed: Run only what failed before.
+
+        Raises:
+            JournalError: The journal cannot be written any more.
+        """
+        key = storable(job.key)
+        with self._writer.lock:
+            self._writer.check()
+            flight = self._in_flight.get(key) or self._unsaved.get(key)
+            if flight is not None:
+                flight.indexes.append(job.index)
+                return Claim("duplicate")
+            record = None if self._keys is not None and key not in self._keys else self._file.find(key)
+            if record is not None and record.status != "running":
+                if record.run == self._run.id:
+                    return Claim("duplicate", record)
+                if record.status == "done":
+                    return Claim("done", record)
+            if only_failed and (record is None or not record.has_failed):
+                return Claim("skip", record)
+            if self._keys is not None:
+                self._keys.add(key)
+            self._in_flight[key] = _Flight(array("q", [job.index]), arguments_of(job), self._clock())
+            return Claim("run", record)
+
+    def begin(self, job: Job, worker: int | None = None) -> None:
+        """Note that a claimed job runs now, so that it is seen to have been cut off if it never ends.
+
+        Args:
+            job: The job; again for another attempt, or when its worker gets known.
+            worker: The process that runs it.
+
+        Raises:
+            JournalError: The journal cannot be written any more.
+            ValueError: The job was not claimed.
+        """
+        key = storable(job.key)
+        with self._writer.lock:
+            self._writer.wait_for_room()  # before anything changes: an interruption here loses nothing
+            flight = self._flight_of(key)
+            if not flight.is_noted:
+                flight.begun = self._clock()
+            flight.worker = worker
+            starts = self._starts(flight, key)
+            flight.is_noted = True
+            times = (flight.begun, None, None)
+            row = (key, self._run.id, "running", starts, 0, worker, *times, *_NO_ERROR, flight.arguments, None)
+            self._writer.add_begun(key, row, len(flight.arguments))
+
+    def end(self, result: JobResult, text: str | None = None, *, place: str = "", worker: int | None = None) -> None:
+        """Record how a claimed job ended; told by ``on_durable`` once it is durable.
+
+        Args:
+            result: What became of the job.
+            text: What it returned, as JSON text.
+            place: File and line of the user's code that raised the error.
+            worker: The process that ran it, where ``begin`` did not say.
+
+        Raises:
+            JournalError: The journal cannot be written any more.
+            ValueError: The job was not claimed, or has ended.
+        """
+        key = storable(result.key)
+        text = None if text is None else storable(text)
+        error = _NO_ERROR if result.error is None else error_columns(result.error, place)
+        with self._writer.lock:
+            self._writer.wait_for_room()  # before anything changes: an interruption here loses nothing
+            flight = self._flight_of(key)
+            ran = (self._starts(flight, key), result.attempts, worker or flight.worker)
+            times = (flight.begun, self._clock(), result.seconds)
+            row = (key, self._run.id, result.status, *ran, *times, *error, flight.arguments, text)
+            self._unsaved[key] = self._in_flight.pop(key)
+            self._writer.add_ended(row, len(flight.arguments) + len(text or "") + len(error[-1] or ""))
+
+    def _flight_of(self, key: str) -> _Flight:
+        try:
+            return self._in_flight[key]
+        except KeyError:
+            msg = f"job {key} is not running; claim each job once, and end it once"
+            raise ValueError(msg) from None
+
+    def _starts(self, flight: _Flight, key: str) -> int:
+        """Return what the next row of a job adds to its count of starts: 1, or 0 where a row before it has done so."""
+        return int(self._writer.take_back(key) or not flight.is_noted)
+
+    def note(  # noqa: PLR0913 - facts of one row
+        self,
+        *,
+        jobs: int | None = None,
+        workers: int | None = None,
+        logins: int | None = None,
+        waits: int | None = None,
+        waited: float | None = None,
+        exit_code: int | None = None,
+    ) -> None:
+        """Record facts of the run, as they come; those not given stay as they are.
+
+        Args:
+            jobs: Jobs of the input.
+            workers: Workers.
+            logins: Logins so far.
+            waits: How often a task waited for the account's limits, so far.
+            waited: Seconds they waited in all.
+            exit_code: What the run ends with.
+        """
+        given = {"jobs": jobs, "workers": workers, "logins": logins, "waits": waits, "waited": waited}
+        facts = {name: value for name, value in (given | {"exit_code": exit_code}).items() if value is not None}
+        with self._writer.lock:
+            changed = replace(self._run, **facts)  # type: ignore[arg-type]  # each has its field's type, as given
+            if changed != self._run:
+                self._run = changed
+                self._writer.touch()
+
+    def flush(self) -> None:
+        """Return once all that was recorded is durable and told.
+
+        Raises:
+            JournalError: The journal cannot be written any more.
+            Exception: What ``on_durable`` raised.
+        """
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Make everything durable and tell it, leave one plain file, and let the next run in; harmless when repeated.
+
+        Raises:
+            JournalError: The last rows could not be written, which no call has raised yet.
+            Exception: What ``on_durable`` raised, likewise.
+        """
+        if not self._is_open or self._run.pid != os.getpid():  # in a forked child the journal is its parent's
+            return
+        self._writer.close()
+        self._is_open = False
+        try:
+            if not isinstance(self._writer.failure, JournalError):
+                self._file.write(Batch(), replace(self._run, updated=self._clock(), ended=self._clock()))
+        finally:
+            self._file.close()
+        self._writer.raise_untold()
+
+    def _save(self, batch: Batch) -> None:
+        """Write a batch and return once it is durable; in the writer's thread."""
+        done = sum(status == "done" for _, _, status, *_ in batch.ended)
+        with self._writer.lock:
+            failed = self._run.failed + len(batch.ended) - done
+            self._run = run = replace(self._run, updated=self._clock(), done=self._run.done + done, failed=failed)
+        self._file.write(batch, run)
+
+    def _tell(self, batch: Batch) -> None:
+        """Say what is durable now; in the writer's thread."""
+        with self._writer.lock:
+            flights = [self._unsaved.pop(key) for key, *_ in batch.ended]
+        if flights and self._on_durable is not None:
+            ended = zip(flights, batch.ended, strict=True)
+            self._on_durable([Ended(tuple(flight.indexes), JobRecord(*row)) for flight, row in ended])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,228 @@
+"""Reading a journal, while its run is going and after: for `shpool status`, and for whatever is made of the records.
+
+Each call opens the file, reads, and closes it: an open reader would keep a run from tidying up.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from shpool.journal.file import open_for_reading, resolved, target_of, transaction, translated
+from shpool.journal.lock import live_pid
+from shpool.journal.rows import JOB_COLUMNS, RUN_COLUMNS, SELECT_JOB, JobRecord, JobStatus, RunRecord
+from shpool.journal.texts import storable
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from shpool.jobs import Job
+
+__all__ = ["ErrorKind", "JournalSummary", "JournalView", "kind_of_error"]
+
+_PAGE = 500  # records that are read at once; between two pages nothing is held
+_MOST_KINDS = 500  # kinds of errors that are told apart; more are no kinds, and would fill the memory
+_LONGEST_KIND = 200  # characters of a text that tell kinds apart
+
+
+@dataclass(frozen=True)
+class ErrorKind:
+    """Failed jobs with errors of one kind.
+
+    Attributes:
+        error_type: Name of the error's class.
+        text: The error's text, with ``#`` for numbers and ids.
+        count: How many jobs.
+        example: The first of them.
+    """
+
+    error_type: str
+    text: str
+    count: int
+    example: JobRecord
+
+
+@dataclass(frozen=True)
+class JournalSummary:
+    """What a journal holds, as of one moment.
+
+    Attributes:
+        target: What it was written for.
+        live_pid: The process that runs with it now, 0 when it did not tell; None when there is none.
+        runs: All runs, in their order; the last one is the live one, if any is.
+        done: Jobs that are done.
+        failed: Jobs whose last end was a failure.
+        running: Jobs that run now.
+        cut_off: Jobs that were begun by a run that did not live to end them.
+        first: When the first job was begun, in seconds since the epoch; None without jobs.
+        last: When the last job ended.
+        slowest: Jobs that took the longest, the slowest first.
+        errors: Failed jobs by kind, the most frequent first.
+    """
+
+    target: str
+    live_pid: int | None
+    runs: tuple[RunRecord, ...]
+    done: int
+    failed: int
+    running: int
+    cut_off: int
+    first: float | None
+    last: float | None
+    slowest: tuple[JobRecord, ...]
+    errors: tuple[ErrorKind, ...]
+
+    @property
+    def rate(self) -> float:
+        """Jobs ended per second in the last run."""
+        return self.runs[-1].rate if self.runs else 0.0
+
+    @property
+    def logins(self) -> int:
+        """Logins of all runs."""
+        return sum(run.logins for run in self.runs)
+
+    @property
+    def waits(self) -> int:
+        """How often tasks waited for the account's limits, in all runs."""
+        return sum(run.waits for run in self.runs)
+
+
+class JournalView:
+    """Read a journal without creating or blocking anything; every method may raise what the constructor raises.
+
+    Args:
+        path: The journal's file.
+
+    Raises:
+        JournalNotFoundError: There is no such file.
+        NotAJournalError: It is something else.
+        JournalError: It cannot be read.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = resolved(path)
+        with self._reading() as connection:
+            self.target = target_of(connection)
+
+    def live_pid(self) -> int | None:
+        """Return the process that runs with the journal now, 0 when it did not tell; None when there is none."""
+        return live_pid(self.path)
+
+    def summary(self, slowest: int = 5) -> JournalSummary:
+        """Return all that the journal comes to, as of this moment.
+
+        Args:
+            slowest: How many of the slowest jobs to name.
+        """
+        pid = self.live_pid()  # before the rows: jobs of a run that ends meanwhile have an end in them
+        with self._reading() as connection:
+            runs = tuple(RunRecord(*row) for row in connection.execute(f"SELECT {RUN_COLUMNS} FROM runs ORDER BY id"))  # noqa: S608 - names of columns
+            live = 0 if pid is None or not runs else runs[-1].id
+            counts = _counts(connection, live)
+            ((first, last),) = connection.execute("SELECT min(begun), max(ended) FROM jobs").fetchall()
+            by_time = "seconds IS NOT NULL ORDER BY seconds DESC, id LIMIT ?"
+            slow = tuple(_records(connection, by_time, slowest))
+            return JournalSummary(
+                target_of(connection), pid, runs, *counts, first, last, slow, _kinds_of_errors(connection)
+            )
+
+    def record(self, key: str) -> JobRecord | None:
+        """Return what the journal knows of one job, None when nothing."""
+        with self._reading() as connection:
+            rows = connection.execute(SELECT_JOB, (storable(key),)).fetchall()
+        return JobRecord(*rows[0]) if rows else None
+
+    def lookup(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, JobRecord | None]]:
+        """Pair jobs with what the journal knows of them, lazily: for a dry run, or for results in the input's order."""
+        while page := [job for _, job in zip(range(_PAGE), jobs, strict=False)]:
+            with self._reading() as connection:
+                found = [connection.execute(SELECT_JOB, (storable(job.key),)).fetchall() for job in page]
+            for job, rows in zip(page, found, strict=True):
+                yield job, JobRecord(*rows[0]) if rows else None
+
+    def records(self, status: JobStatus | None = None) -> Iterator[JobRecord]:
+        """Return the records in the order in which the jobs were first begun, lazily.
+
+        Args:
+            status: Only those with this status.
+        """
+        condition = "id > ? AND status = coalesce(?, status) ORDER BY id LIMIT ?"
+        last = 0
+        while True:
+            with self._reading() as connection:
+                rows = connection.execute(
+                    f"SELECT id, {JOB_COLUMNS} FROM jobs WHERE {condition}",  # noqa: S608 - names, and the text above
+                    (last, status, _PAGE),
+                ).fetchall()
+            for number, *row in rows:
+                last = number
+                yield JobRecord(*row)
+            if len(rows) < _PAGE:
+                return
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """Open the journal for one consistent look."""
+        with (
+            closing(open_for_reading(self.path)) as connection,
+            translated(self.path),
+            transaction(connection, "DEFERRED"),
+        ):
+            yield connection
+
+
+def _counts(connection: sqlite3.Connection, live: int) -> tuple[int, int, int, int]:
+    """Return how many jobs are done, failed, running and cut off."""
+    ((done, failed, running, cut_off),) = connection.execute(
+        "SELECT count(*) FILTER (WHERE status = 'done'), count(*) FILTER (WHERE status = 'failed'), "
+        "count(*) FILTER (WHERE status = 'running' AND run = :live), "
+        "count(*) FILTER (WHERE status = 'running' AND run != :live) FROM jobs",
+        {"live": live},
+    ).fetchall()
+    return done, failed, running, cut_off
+
+
+def _records(connection: sqlite3.Connection, condition: str, *values: Any) -> Iterator[JobRecord]:  # noqa: ANN401 - SQLite's
+    query = f"SELECT {JOB_COLUMNS} FROM jobs WHERE {condition}"  # noqa: S608 - from this file
+    return (JobRecord(*row) for row in connection.execute(query, values))
+
+
+def _kinds_of_errors(connection: sqlite3.Connection) -> tuple[ErrorKind, ...]:
+    counts: dict[tuple[str, str], int] = {}
+    examples: dict[tuple[str, str], int] = {}
+    failures = connection.execute("SELECT id, error_type, substr(error, 1, 1000) FROM jobs WHERE status = 'failed'")
+    for number, error_type, text in failures:
+        kind = (error_type or "", kind_of_error(text or ""))
+        if kind not in counts and len(counts) >= _MOST_KINDS:
+            kind = ("", "all others")
+        counts[kind] = counts.get(kind, 0) + 1
+        examples.setdefault(kind, number)
+    return tuple(
+        ErrorKind(*kind, count, next(_records(connection, "id = ?", examples[kind])))
+        for kind, count in sorted(counts.items(), key=lambda item: -item[1])
+    )
+
+
+# Ids as they come in texts of errors: UUIDs, hex digits with a number among them, then plain numbers. The word
+# borders keep words such as "decade" whole.
+_IDS = re.compile(
+    r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"
+    r"|\b(?:0x)?(?=[a-f]*[0-9])[0-9a-f]{8,}\b"
+    r"|[0-9]+(?:\.[0-9]+)*",
+    re.IGNORECASE,
+)
+
+
+def kind_of_error(text: str) -> str:
+    """Return the first line of an error's text with ``#`` for numbers and ids, so that like errors look alike.
+
+    >>> kind_of_error("tile 33UWP/0071 took 61.5 s (request 3fa85f64-5717-4562-b3fc-2c963f66afa6)")
+    'tile #UWP/# took # s (request #)'
+    """
+    line = text.strip().partition("\n")[0]
+    return _IDS.sub("#", line)[:_LONGEST_KIND]
