@@ -1,39 +1,26 @@
-"""Run many jobs on any executor: lazily, with retries, one result per job in the order they finish.
-
-The parts decide apart from each other, so that more policies can join them:
-
-- ``RetryPolicy`` says whether and when a failed attempt is worth another;
-- ``_Window`` says whether one more job may be pulled;
-- ``_Batch`` only carries attempts between the executor and these two.
-"""
+"""Run many jobs on any executor: lazily, with retries, one result per job in the order they finish."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import os
 import queue
-import sysconfig
 import time
 from concurrent.futures import CancelledError
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shpool.jobs import Job, JobResult
-from shpool.retry import Backoff, RetryPolicy
+from shpool.retry import Backoff, RetryPolicy, carry_attempts, summary_of
+from shpool.timedcall import TimedCall, seconds_of, worker_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
     from concurrent.futures import Executor, Future
-    from types import TracebackType
-
-    from typing_extensions import Self
 
     from shpool.retry import RetryAfterUnit
-
-__all__ = ["Job", "JobResult", "RetryPolicy", "TimedCall", "place_of", "run_batch", "worker_count"]
 
 # Enough that a worker never waits for the parent, few enough that an interrupted batch has little to drop.
 JOBS_PER_WORKER = 4
@@ -41,6 +28,7 @@ JOBS_PER_WORKER = 4
 # Jobs that wait for their next attempt hold no worker, so they do not count as in flight; yet while a
 # service is down every job fails once, and a lazy input must not pile up in memory.
 _WAITING_PER_WINDOW = 16
+_LONGEST_DOZE = 0.2  # s
 
 
 def run_batch(  # noqa: PLR0913 - the last three are for tests
@@ -55,10 +43,10 @@ def run_batch(  # noqa: PLR0913 - the last three are for tests
     clock: Callable[[], float] = time.monotonic,
     wall: Callable[[], float] = time.time,
     sleep: Callable[[float], None] = time.sleep,
-) -> Generator[JobResult, None, None]:
-    """Run the jobs and yield their results as they finish.
+) -> Batch:
+    """Run the jobs; iterate over what this returns for their results, as they finish.
 
-    Jobs are pulled as others finish. Closing the generator, or an interruption inside it, cancels what has not
+    Jobs are pulled as others finish. Closing the batch, or an interruption inside it, cancels what has not
     begun; what runs is the executor's to end.
 
     Args:
@@ -76,8 +64,8 @@ def run_batch(  # noqa: PLR0913 - the last three are for tests
 
     Raises:
         ValueError: ``retries`` is negative or ``window`` less than 1.
-        Exception: What the executor's ``submit`` raises, and what iterating over ``jobs`` raises. A failed job
-            raises nothing: it is a ``JobResult``.
+        Exception: From the iteration: what the executor's ``submit`` raises, and what iterating over ``jobs`` raises.
+            A failed job raises nothing: it is a ``JobResult``.
     """
     if retries < 0:
         msg = f"retries={retries} must not be negative"
@@ -92,7 +80,7 @@ def run_batch(  # noqa: PLR0913 - the last three are for tests
     def submit(job: Job) -> Future[Any]:
         return executor.submit(call, *job.args, **job.kwargs)
 
-    return _Batch(submit, iter(jobs), policy, in_flight, times).results()
+    return Batch(submit, iter(jobs), policy, in_flight, times)
 
 
 def worker_count(executor: Executor) -> int:
@@ -117,12 +105,13 @@ class _Attempt:
     job: Job
     number: int
     begun: float = 0.0
+    history: list[str] = field(default_factory=list)  # a line for each attempt that failed
 
 
-class _Batch:
-    """Carry attempts: from the input or the waiting room to the executor, and back as results.
+class Batch:
+    """Jobs on their way: from the input or the waiting room to the executor, and back as results.
 
-    Everything here happens in the consumer's thread, but for the queue, which the executor's threads fill.
+    Everything here happens in the consumer's thread, but for ``stop`` and the queue, which others fill.
     """
 
     def __init__(
@@ -134,26 +123,61 @@ class _Batch:
         self._window = window
         self._times = times
         self._is_exhausted = False
+        self._give_up: float | None = None  # set by stop(): until when results are waited for
         self._in_flight: dict[Future[Any], _Attempt] = {}
         self._waiting: list[tuple[float, int, _Attempt]] = []  # a heap by due time; the number breaks ties
         self._order = itertools.count()
-        self._finished: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+        self._finished: queue.SimpleQueue[Future[Any] | None] = queue.SimpleQueue()  # None: look again
+        self._results = self._run()
 
-    def results(self) -> Generator[JobResult, None, None]:
+    def __iter__(self) -> Iterator[JobResult]:
+        return self._results
+
+    def __next__(self) -> JobResult:
+        return next(self._results)
+
+    def close(self) -> None:
+        """Cancel what has not begun; no more results come."""
+        self._results.close()
+
+    def stop(self, within: float = math.inf) -> None:
+        """Begin no job and no attempt any more, and let what runs end; from any thread, or from a signal handler.
+
+        Args:
+            within: Seconds to wait for what runs; after that the iteration ends without it.
+        """
+        self._give_up = min(self._times.clock() + within, math.inf if self._give_up is None else self._give_up)
+        self._finished.put(None)
+
+    def _run(self) -> Generator[JobResult, None, None]:
         try:
-            while True:
-                self._fill()
+            while not self._is_over():
+                if self._give_up is None:
+                    self._fill()
                 if self._in_flight:
                     result = self._collect()
                     if result is not None:
                         yield result
                 elif self._waiting:
-                    self._times.sleep(max(self._waiting[0][0] - self._times.clock(), 0.0))
-                else:
-                    return
+                    self._doze()
         finally:
-            for future in self._in_flight:
-                future.cancel()
+            self._cancel()
+
+    def _is_over(self) -> bool:
+        if self._give_up is None:
+            return self._is_exhausted and not self._in_flight and not self._waiting
+        self._waiting.clear()
+        self._cancel()
+        return not self._in_flight or self._times.clock() >= self._give_up
+
+    def _cancel(self) -> None:
+        """Drop what has not begun."""
+        for future in [future for future in self._in_flight if future.cancel()]:
+            del self._in_flight[future]
+
+    def _doze(self) -> None:
+        """Wait for the next due attempt while nothing is in flight; in short steps, so that ``stop`` is heard."""
+        self._times.sleep(min(max(self._waiting[0][0] - self._times.clock(), 0.0), _LONGEST_DOZE))
 
     def _fill(self) -> None:
         """Submit what the window has room for: attempts that are due first, then new jobs."""
@@ -178,94 +202,38 @@ class _Batch:
         return _Attempt(job, 1)
 
     def _collect(self) -> JobResult | None:
-        """Wait for one finished attempt, at most until a waiting one is due; return its job's result if final."""
-        timeout = None
+        """Wait for one finished attempt, at most until there is something else to do; return a final result."""
+        moments = [moment for moment in (self._give_up,) if moment not in {None, math.inf}]
         if self._waiting and len(self._in_flight) < self._window:
-            timeout = max(self._waiting[0][0] - self._times.clock(), 0.0)
+            moments.append(self._waiting[0][0])
+        timeout = max(min(moments) - self._times.clock(), 0.0) if moments else None
         try:
             future = self._finished.get(timeout=timeout)
         except queue.Empty:
             return None
+        if future is None or future not in self._in_flight:  # told to stop, or cancelled by that
+            return None
         attempt = self._in_flight.pop(future)
         error = _error_of(future)
-        if error is None:
-            value, seconds = future.result()
-            return JobResult(attempt.job.index, attempt.job.key, "done", value, None, attempt.number, seconds)
-        return self._failed(attempt, error)
+        if error is not None:
+            return self._failed(attempt, error)
+        job, (value, seconds, worker) = attempt.job, future.result()
+        return JobResult(job.index, job.key, "done", value, None, attempt.number, seconds, worker)
 
     def _failed(self, attempt: _Attempt, error: BaseException) -> JobResult | None:
         now = self._times.clock()
         wait = self._policy.wait_before_retry(error, attempt.number, self._times.wall())
-        if wait is not None:
-            again = _Attempt(attempt.job, attempt.number + 1)
+        if wait is not None and self._give_up is None:
+            attempt.history.append(summary_of(error, attempt.number))
+            again = _Attempt(attempt.job, attempt.number + 1, history=attempt.history)
             heapq.heappush(self._waiting, (now + wait, next(self._order), again))
             return None
-        seconds = getattr(error, _SECONDS, now - attempt.begun)
-        return JobResult(attempt.job.index, attempt.job.key, "failed", None, error, attempt.number, seconds)
+        carry_attempts(error, attempt.history)
+        seconds, job = seconds_of(error), attempt.job
+        seconds = now - attempt.begun if seconds is None else seconds
+        return JobResult(job.index, job.key, "failed", None, error, attempt.number, seconds, worker_of(error))
 
 
 def _error_of(future: Future[Any]) -> BaseException | None:
     """Return what a finished future raised; a future that someone else cancelled has failed."""
     return CancelledError("cancelled by the executor") if future.cancelled() else future.exception()
-
-
-# Set on errors in the worker; most errors keep their attributes when pickled.
-_SECONDS = "_shpool_seconds"
-_PLACE = "_shpool_place"
-
-
-def place_of(error: BaseException) -> str:
-    """Return file and line of the user's code that raised a job's error, as ``tiles.py:12``; empty if unknown."""
-    return str(getattr(error, _PLACE, ""))
-
-
-def _place(trace: TracebackType | None) -> str:
-    """Return the innermost line that is neither ours nor of an installed package; else the innermost not ours."""
-    ours = str(Path(__file__).parent)
-    installed = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
-    outer = inner = ""
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if not file.startswith((ours, "<frozen ")):
-            inner = f"{Path(file).name}:{trace.tb_lineno}"
-            outer = outer if file.startswith(installed) else inner
-        trace = trace.tb_next
-    return outer or inner
-
-
-class TimedCall:
-    """A function that reports how long it took where it ran; as picklable as the function."""
-
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        self._fn = fn
-        has_own_text = "__str__" in vars(type(fn))
-        # Executors name tasks by this; the text of a partial may be as long as its arguments.
-        self.__qualname__ = getattr(fn, "__qualname__", None) or (str(fn) if has_own_text else type(fn).__name__)
-
-    def __call__(self, /, *args: Any, **kwargs: Any) -> tuple[Any, float]:  # noqa: ANN401 - whatever the function takes
-        """Return the function's result and the seconds it took."""
-        with _Stopwatch() as watch:
-            result = self._fn(*args, **kwargs)
-        return result, watch.seconds
-
-    def __repr__(self) -> str:
-        return self.__qualname__
-
-
-class _Stopwatch:
-    """Measure a block; an error that leaves it carries the seconds along."""
-
-    seconds = 0.0
-
-    def __enter__(self) -> Self:
-        self._begun = time.perf_counter()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.seconds = time.perf_counter() - self._begun
-        if error is not None:
-            with suppress(AttributeError, TypeError):  # an error class may refuse attributes
-                setattr(error, _SECONDS, self.seconds)
-                setattr(error, _PLACE, _place(trace))

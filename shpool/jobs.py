@@ -41,6 +41,7 @@ class JobResult:
         attempts: How often it was tried.
         seconds: Time the last attempt took inside its worker; where a lost worker could not tell, the
             time since it was submitted.
+        worker: Id of the process that ran the last attempt; None when unknown.
     """
 
     index: int
@@ -50,6 +51,7 @@ class JobResult:
     error: BaseException | None
     attempts: int
     seconds: float
+    worker: int | None = None
 
 
 def job_key(target: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
@@ -68,12 +70,19 @@ def job_key(target: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> st
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def make_jobs(target: str, calls: Iterable[tuple[tuple[Any, ...], Mapping[str, Any]]]) -> Iterator[Job]:
+def make_jobs(
+    target: str, calls: Iterable[tuple[tuple[Any, ...], Mapping[str, Any]]], *, key_field: str | None = None
+) -> Iterator[Job]:
     """Number the calls and give each its key, lazily.
 
     Args:
         target: Text that names the function for ever, such as ``package.module:function``.
         calls: Pairs of positional and keyword arguments.
+        key_field: The keyword argument whose text is the key; None makes one of target and arguments.
+
+    Raises:
+        KeyError: From the iteration: a call lacks the field.
     """
     for index, (args, kwargs) in enumerate(calls):
-        yield Job(index, job_key(target, args, kwargs), args, kwargs)
+        key = job_key(target, args, kwargs) if key_field is None else str(kwargs[key_field])
+        yield Job(index, key, args, kwargs)

@@ -95,6 +95,11 @@ class _Submitting(Executor, abc.ABC):
     _policy: RetryPolicy
     _timeout: float | None
 
+    @property
+    @abc.abstractmethod
+    def max_workers(self) -> int:
+        """How many tasks can run at once."""
+
     @abc.abstractmethod
     def _running_engine(self) -> Engine:
         """Return the pool's engine, started if need be."""
@@ -343,6 +348,11 @@ class AuthenticatedProcessPool(_Submitting):
         workers = f"{now.workers} {self._engine_name} workers"
         return f"<AuthenticatedProcessPool {now.state}, {workers}, {tasks}, {standing}{error}>"
 
+    @property
+    def max_workers(self) -> int:
+        """Number of worker processes."""
+        return self._workers
+
     # Inside
 
     def _running_engine(self) -> Engine:
@@ -430,6 +440,11 @@ class PoolView(_Submitting):
         self._pool = pool
         self._policy = policy
         self._timeout = timeout
+
+    @property
+    def max_workers(self) -> int:
+        """Number of worker processes of the pool this is a view of."""
+        return self._pool.max_workers
 
     def _running_engine(self) -> Engine:
         return self._pool._running_engine()  # noqa: SLF001 - the pool's own view

@@ -102,6 +102,13 @@ class Progress:
         self.failed_count += n
         self._advance(n)
 
+    def pass_over(self, n: int = 1) -> None:
+        """Move the bar over ``n`` items that took no time now, as they were done before; the rate leaves them out."""
+        if self._bar is not None:
+            with self._lock:
+                self._bar.initial += n
+                self._bar.update(n)
+
     def update_token(self, seconds_left: float | None) -> None:
         """Tell how long the token lives; None when there is none. Shown at the next redraw."""
         self._seconds_left = seconds_left

@@ -10,7 +10,15 @@ import sys
 from enum import IntEnum
 from typing import TYPE_CHECKING, BinaryIO
 
-from shpool.errors import ConfigError, InputError, LoginError, ShpoolError, TokenUnavailableError
+from shpool.errors import (
+    ConfigError,
+    InputError,
+    JournalError,
+    JournalFullError,
+    LoginError,
+    ShpoolError,
+    TokenUnavailableError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,7 +92,7 @@ def _parts(error: ShpoolError | CommandError) -> tuple[str, str]:
 def _exit_code(error: ShpoolError | CommandError) -> ExitCode:
     if isinstance(error, CommandError):
         return error.code
-    if isinstance(error, (InputError, ConfigError)):
+    if isinstance(error, (InputError, ConfigError, JournalError)) and not isinstance(error, JournalFullError):
         return ExitCode.USAGE
     if isinstance(error, (LoginError, TokenUnavailableError)):
         return ExitCode.LOGIN

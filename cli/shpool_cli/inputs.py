@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from shpool.errors import InputError
 
 if TYPE_CHECKING:
-    import inspect
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -70,26 +69,26 @@ class Input:
         self._name = name
         self._form = form
 
-    def check(self, signature: inspect.Signature | None) -> int:
+    def check(self, *checks: Callable[[Call], None]) -> int:
         """Read everything and return the number of calls.
 
         Args:
-            signature: Of the function to be called, None when it has none to look at.
+            *checks: Each is given one call of each shape, and raises InputError about one that will not do.
 
         Raises:
-            InputError: A line cannot be read, or the function does not take its arguments.
+            InputError: A line cannot be read, or its arguments will not do.
         """
         count = 0
         fitting: set[object] = set()
         for count, (line, (args, kwargs)) in enumerate(self._numbered_calls(), 1):  # noqa: B007 - the last one counts
             shape = (len(args), frozenset(kwargs))
-            if signature is None or shape in fitting:
+            if shape in fitting:
                 continue
             try:
-                signature.bind(*args, **kwargs)
-            except TypeError as exc:
-                hint = f"the function takes {signature}"
-                raise InputError(self._place(line), f"the arguments do not fit the function: {exc}", hint) from None
+                for check in checks:
+                    check((args, kwargs))
+            except InputError as exc:
+                raise InputError(self._place(line), exc.reason, exc.hint) from None
             fitting.add(shape)
         return count
 

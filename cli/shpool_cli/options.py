@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import TYPE_CHECKING
 
 import typer
 
+from shpool.halting import HaltPolicy
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd]?)")
+_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -24,3 +31,21 @@ def at_least(least: int) -> Callable[[str], int]:
         return number
 
     return read
+
+
+def duration(text: str) -> float:
+    """Return the seconds of ``90``, ``1.5s``, ``15m``, ``48h`` or ``2d``."""
+    match = _DURATION.fullmatch(str(text).strip())
+    seconds = float(match[1]) * _SECONDS[match[2]] if match else 0.0
+    if not 0.0 < seconds < math.inf:
+        msg = f"{str(text)!r} is no time of more than 0, such as 90, 15m, 48h or 2d"
+        raise typer.BadParameter(msg)
+    return seconds
+
+
+def halt_policy(text: str) -> HaltPolicy:
+    """Return when failures end a run."""
+    try:
+        return HaltPolicy.parse(str(text))
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc)) from None

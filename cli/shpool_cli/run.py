@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import json
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import Annotated
 
 import typer
 
-from shpool.errors import ShpoolError
+from shpool.errors import JournalError, ShpoolError
+from shpool.halting import HaltPolicy  # noqa: TC001 - typer reads the annotations
 from shpool_cli.console import CommandError, ExitCode, private_stdout, report, say
 from shpool_cli.credentials import (
     ClientIdOption,
@@ -21,86 +18,34 @@ from shpool_cli.credentials import (
     ScopeOption,
     SecretFileOption,
     TokenUrlOption,
-    log_in_patiently,
-    make_session,
 )
-from shpool_cli.inputs import Format, Input, open_input
-from shpool_cli.options import at_least
-from shpool_cli.output.results import ResultWriter, open_output
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from shpool.jobs import JobResult
-    from shpool.pool import PoolStats
-    from shpool.progress import Progress
-    from shpool.session import OAuthSession
-    from shpool.targets import Target
-
-
-@dataclass
-class Summary:
-    """What a run came to: the last line on stderr, and the object of --json."""
-
-    jobs: int | None = None  # None until TARGET and INPUT are known to be good
-    done: int = 0
-    failed: int = 0
-    logins: int = 0
-    refreshes: int = 0
-    seconds: float = 0.0
-    exit_code: int = ExitCode.OK
-
-    def count(self, result: JobResult) -> None:
-        """Count one result."""
-        if result.status == "done":
-            self.done += 1
-        else:
-            self.failed += 1
-            self.exit_code = ExitCode.FAILED
-
-    def note(self, stats: PoolStats) -> None:
-        """Take over the pool's counters."""
-        self.logins, self.refreshes = stats.logins, stats.refreshes
-
-    def __str__(self) -> str:
-        word = {
-            ExitCode.HUNG_UP: "hung up: ",
-            ExitCode.INTERRUPTED: "interrupted: ",
-            ExitCode.TERMINATED: "terminated: ",
-        }
-        finished = self.done + self.failed
-        jobs = (
-            _counted(finished, "job") if finished == self.jobs else f"{finished} of {_counted(self.jobs or 0, 'job')}"
-        )
-        logins, refreshes = _counted(self.logins, "login"), _counted(self.refreshes, "refresh", "refreshes")
-        counts = f"{jobs}, {self.failed} failed, {logins}, {refreshes}, {self.seconds:.1f} s"
-        return word.get(ExitCode(self.exit_code), "") + counts
-
-
-def _counted(number: int, noun: str, nouns: str = "") -> str:
-    return f"{number} {noun if number == 1 else nouns or noun + 's'}"
-
-
-@dataclass(frozen=True)
-class _Order:
-    """What the command line asks for."""
-
-    target: str
-    source: str
-    form: Format | None
-    output: Path | None
-    workers: int | None
-    retries: int
-    progress: bool | None
-    login: LoginOptions
+from shpool_cli.inputs import Format  # noqa: TC001 - typer reads the annotations
+from shpool_cli.options import at_least, duration, halt_policy
+from shpool_cli.runner import Order, carry_out
+from shpool_cli.stopping import code_of
+from shpool_cli.summary import Summary
 
 
 def run(  # noqa: PLR0913 - options of a command line
-    target: Annotated[
-        str, typer.Argument(metavar="TARGET", help="package.module:function or path/to/file.py:function")
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[TARGET] INPUT",
+            help="TARGET is package.module:function or path/to/file.py:function, and not given with --shell. "
+            "INPUT is a file, or - for standard input.",
+            show_default=False,
+        ),
     ],
-    source: Annotated[str, typer.Argument(metavar="INPUT", help="A file, or - for standard input.")],
     *,
+    shell: Annotated[
+        str | None,
+        typer.Option(
+            "--shell",
+            metavar="COMMAND",
+            help="Run this command for each line instead of a function: {name} stands for a field, quoted; "
+            "the token is in $SHPOOL_TOKEN.",
+        ),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -122,15 +67,72 @@ def run(  # noqa: PLR0913 - options of a command line
             "or HTTP 408, 425, 429 or 5xx.",
         ),
     ] = 0,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout", parser=duration, metavar="TIME", help="Longest time an attempt may take: 90, 15m, 2h."
+        ),
+    ] = None,
+    halt: Annotated[
+        HaltPolicy,
+        typer.Option(
+            "--halt",
+            parser=halt_policy,
+            metavar="never|soon|now[,fail=N|N%]",
+            help="When jobs fail: go on; begin nothing new; or stop what runs, too. After the first failure, after N, "
+            "or after N percent of all jobs.",
+            show_default="never",
+        ),
+    ] = "never",  # type: ignore[assignment]  # typer parses defaults too
+    max_time: Annotated[
+        float | None,
+        typer.Option("--max-time", parser=duration, metavar="TIME", help="Begin no job after this time: 90, 15m, 48h."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit", parser=at_least(1), metavar="INTEGER", help="Run so many jobs at most.", show_default="all"
+        ),
+    ] = None,
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="Run the jobs in random order.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Run nothing; write for each job whether it would run, as JSON Lines.")
+    ] = False,
+    journal: Annotated[
+        Path | None,
+        typer.Option(
+            "--journal",
+            "-j",
+            metavar="FILE",
+            help="Remember in this file which jobs are done; the same command then skips them. See shpool status.",
+        ),
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            "--key",
+            metavar="FIELD",
+            help="The field that names a job in the journal.",
+            show_default="target and all arguments",
+        ),
+    ] = None,
+    only_failed: Annotated[
+        bool, typer.Option("--only-failed", help="Run only jobs that failed in an earlier run with this journal.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Empty the journal first.")] = False,
     output: Annotated[
         Path | None,
         typer.Option(
             "--output",
             "-o",
-            help="File for the results; one that holds something is refused.",
+            help="File for the results, .jsonl, .csv or .parquet; one that holds something else than results of an "
+            "earlier run with this journal is refused.",
             show_default="standard output",
         ),
     ] = None,
+    ordered: Annotated[
+        bool, typer.Option("--ordered", help="Write results in the order of INPUT; the ready ones wait in memory.")
+    ] = False,
     form: Annotated[
         Format | None, typer.Option("--format", help="How to read INPUT.", show_default="by suffix")
     ] = None,
@@ -146,7 +148,7 @@ def run(  # noqa: PLR0913 - options of a command line
         bool, typer.Option("--json", help="Summary as one JSON object: on stdout with --output, else on stderr.")
     ] = False,
 ) -> None:
-    """Call a function for every line of an input, in workers that share a login.
+    """Call a function, or run a command, for every line of an input, in workers that share a login.
 
     TARGET is imported with the current folder, or the file's own, on the import path. What it prints goes to stderr.
 
@@ -157,117 +159,91 @@ def run(  # noqa: PLR0913 - options of a command line
 
     Results are JSON Lines in the order the jobs finish: index, key, status, result or error, attempts, seconds. Each
     line is written at once, so an interrupted run keeps them. Dates, paths, bytes (base64), dataclasses and NumPy
-    values are converted, NaN becomes null; what has no JSON form fails its job.
+    values are converted, NaN becomes null; what has no JSON form fails its job. A shell job's result is what it wrote
+    to stdout and stderr.
 
-    Exit codes: 0 all done, 1 some jobs failed, 2 bad usage or input, 3 no login, 129 hung up, 130 interrupted,
-    143 terminated.
+    With --journal, jobs are known by their content, not by their line: run the same command again after an
+    interruption, a crash, or a change of INPUT, and only what is not done runs. Equal lines run once.
+
+    ^C lets running jobs end for half a second; a second ^C ends at once.
+
+    Exit codes: 0 all done, 1 some jobs failed or were not reached, 2 bad usage or input, 3 no login, 129 hung up,
+    130 interrupted, 143 terminated.
     """
     login = LoginOptions(profile, token_url, client_id, client_secret_file, scope)
-    order = _Order(target, source, form, output, workers, retries, progress, login)
+    target, source = _target_and_input(words, shell)
+    order = Order(
+        target=target,
+        shell=shell,
+        source=source,
+        form=form,
+        output=output,
+        ordered=ordered,
+        workers=workers,
+        retries=retries,
+        timeout=timeout,
+        halt=halt,
+        max_time=max_time,
+        limit=limit,
+        shuffle=shuffle,
+        dry_run=dry_run,
+        journal=journal,
+        key=key,
+        only_failed=only_failed,
+        fresh=fresh,
+        progress=progress,
+        login=login,
+    )
+    _check(order)
     summary = Summary()
     began = time.monotonic()
     with private_stdout() as stdout:
         try:
-            _carry_out(order, stdout, summary)
+            carry_out(order, stdout, summary)
+            if summary.failed or summary.halted:
+                summary.exit_code = ExitCode.FAILED
         except (KeyboardInterrupt, SystemExit, ShpoolError, CommandError) as stop:
             if summary.jobs is None:
                 raise
             summary.exit_code = _code_of(stop)
         summary.seconds = round(time.monotonic() - began, 3)
-        _conclude(summary, stdout if output is not None else None, as_json=as_json)
+        if not dry_run:
+            summary.tell(stdout if output is not None else None, as_json=as_json)
+            if journal is not None and not summary.is_complete:
+                say(f"hint: the same command goes on where this one ended; shpool status {journal} tells more")
     raise typer.Exit(summary.exit_code)
+
+
+def _target_and_input(words: list[str], shell: str | None) -> tuple[str | None, str]:
+    if shell is not None:
+        if len(words) == 1:
+            return None, words[0]
+        msg = f"with --shell there is INPUT alone, not {' '.join(words)}"
+    elif len(words) == 2:  # noqa: PLR2004 - the two of the usage line
+        return words[0], words[1]
+    elif len(words) == 1:
+        msg = "INPUT is missing"
+    else:
+        msg = f"TARGET and INPUT are enough, but there is {' '.join(words[2:])}"
+    raise typer.BadParameter(msg)
+
+
+def _check(order: Order) -> None:
+    """Refuse options that make no sense together."""
+    for name, is_given in (("--only-failed", order.only_failed), ("--fresh", order.fresh), ("--key", order.key)):
+        if is_given and order.journal is None:
+            msg = f"{name} goes with --journal"
+            raise typer.BadParameter(msg)
+    if order.only_failed and order.fresh:
+        msg = "--only-failed needs what --fresh throws away"
+        raise typer.BadParameter(msg)
 
 
 def _code_of(stop: BaseException) -> ExitCode:
     """Return the exit code of what ended a run early; errors are told, stops by the user are in the summary."""
+    if isinstance(stop, JournalError):
+        report(stop)
+        return ExitCode.FAILED  # it was fine when the run began
     if isinstance(stop, (ShpoolError, CommandError)):
         return report(stop)
-    if isinstance(stop, KeyboardInterrupt):
-        return ExitCode.INTERRUPTED
-    has_hung_up = isinstance(stop, SystemExit) and stop.code == ExitCode.HUNG_UP
-    return ExitCode.HUNG_UP if has_hung_up else ExitCode.TERMINATED
-
-
-def _conclude(summary: Summary, stdout: BinaryIO | None, *, as_json: bool) -> None:
-    text = json.dumps(asdict(summary))
-    if as_json and stdout is not None:
-        try:
-            stdout.write(f"{text}\n".encode())
-            stdout.flush()
-        except BrokenPipeError:
-            pass  # nobody is left to tell
-        except OSError as exc:
-            error = f"standard output cannot be written: {exc.strerror}"
-            summary.exit_code = report(CommandError(error, "the results are in --output", ExitCode.FAILED))
-    say(text if as_json and stdout is None else str(summary))
-
-
-def _carry_out(order: _Order, stdout: BinaryIO, summary: Summary) -> None:
-    """Check everything, cheap things first, then log in and run; ``summary.jobs`` is set between the two."""
-    from shpool.targets import load_target
-
-    target = load_target(order.target)
-    with open_input(order.source, order.form) as source:
-        count = source.check(_signature(target.function))
-        with open_output(order.output, stdout) as writer:
-            if count == 0:
-                summary.jobs = 0
-                return
-            session = make_session(order.login, may_prompt=order.source != "-")
-            _run_jobs(order, session, _Work(target, source, writer, count), summary)
-
-
-def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
-    try:
-        return inspect.signature(function)
-    except (TypeError, ValueError):  # some built-in functions have none
-        return None
-
-
-@dataclass(frozen=True)
-class _Work:
-    """A target, an input and a place for the results, all known to be good."""
-
-    target: Target
-    source: Input
-    writer: ResultWriter
-    count: int
-
-
-def _run_jobs(order: _Order, session: OAuthSession, work: _Work, summary: Summary) -> None:
-    from shpool.batch import run_batch
-    from shpool.jobs import make_jobs
-    from shpool.pool import AuthenticatedProcessPool
-    from shpool.progress import Progress
-
-    def opened() -> AuthenticatedProcessPool:
-        return stack.enter_context(AuthenticatedProcessPool(session, max_workers=order.workers))
-
-    def conclude() -> None:
-        """Count once the pool has ended: its last login is in it then."""
-        summary.note(pool.stats())
-
-    with contextlib.ExitStack() as after, contextlib.ExitStack() as stack:
-        pool = log_in_patiently(session, opened)
-        after.callback(conclude)
-        summary.jobs = work.count
-        jobs = make_jobs(str(work.target), work.source.calls())
-        batch = run_batch(pool, work.target, jobs, retries=order.retries, retry_after_unit=session.retry_after_unit)
-
-        def seconds_left() -> float | None:
-            return pool.stats().token_remaining
-
-        with (
-            contextlib.closing(batch) as results,
-            Progress(work.count, desc=work.target.name, enabled=order.progress, token=seconds_left) as bar,
-        ):
-            for result in results:
-                _record(work.writer.write(result), summary, bar)
-
-
-def _record(result: JobResult, summary: Summary, bar: Progress) -> None:
-    summary.count(result)
-    if result.status == "done":
-        bar.done()
-    else:
-        bar.failed()
+    return code_of(stop)

@@ -9,12 +9,14 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from shpool.timedcall import place_of
 from shpool_cli.output.jsonform import to_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from shpool.jobs import JobResult
+    from shpool.journal import JobRecord
 
 COLUMNS = ("index", "key", "status", "result", "error", "attempts", "seconds")
 
@@ -51,18 +53,24 @@ def recorded(result: JobResult) -> tuple[JobResult, Record]:
         except (TypeError, ValueError, RecursionError) as exc:
             reason = TypeError(f"the result of job {result.key} has no JSON form: {exc}; return plain values")
             result = dataclasses.replace(result, status="failed", result=None, error=reason)
-    error = None if result.error is None else _in_words(result.error)
+    error = None
+    if result.error is not None:
+        error = _in_words(type(result.error).__name__, str(result.error), place_of(result.error))
     seconds = round(result.seconds, 6)
     return result, Record(result.index, result.key, result.status, text, error, result.attempts, seconds)
 
 
-def _in_words(error: BaseException) -> str:
-    """Return type, text and, where the worker could tell, the user's line."""
-    from shpool.batch import place_of
+def recalled(index: int, record: JobRecord) -> Record:
+    """Return what a journal knows of a job that has ended, as the record of one of its places in the input."""
+    error = None if record.status == "done" else _in_words(record.error_type or "", record.error or "", record.place)
+    status: Literal["done", "failed"] = "done" if error is None else "failed"
+    return Record(index, record.key, status, record.result, error, record.attempts, round(record.seconds or 0.0, 6))
 
-    place = place_of(error)
-    text = f"{type(error).__name__}: {error}".removesuffix(": ")
-    return f"{text} ({place})" if place else text
+
+def _in_words(kind: str, text: str, place: str | None) -> str:
+    """Return type, text and, where the worker could tell, the user's line."""
+    words = f"{kind}: {text}".removesuffix(": ")
+    return f"{words} ({place})" if place else words
 
 
 def cell(result: str | None) -> str | None:

@@ -1,0 +1,77 @@
+"""Where results end up: the output, the summary and the bar."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from shpool_cli.output.ordered import InOrder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from shpool.progress import Progress
+    from shpool_cli.output.records import Record
+    from shpool_cli.output.results import ResultWriter
+    from shpool_cli.summary import Summary
+
+
+class Report:
+    """Write, count and show each record; from the run's thread and from the journal's.
+
+    Args:
+        writer: The output.
+        summary: Where they are counted.
+        bar: Where they are shown.
+        ordered: Write in the order of the input.
+        first: With ``ordered``, the first index that is not in the output yet.
+    """
+
+    def __init__(
+        self, writer: ResultWriter, summary: Summary, bar: Progress, *, ordered: bool = False, first: int = 0
+    ) -> None:
+        self._lock = threading.Lock()  # guards all that follows
+        self._writer = writer
+        self._summary = summary
+        self._bar = bar
+        self._in_order = InOrder(writer.write_records, first) if ordered else None
+
+    def tell(self, records: Sequence[Record]) -> None:
+        """Write and count records of this run."""
+        with self._lock:
+            self._write(records)
+            failed = sum(record.status == "failed" for record in records)
+            self._summary.failed += failed
+            self._summary.done += len(records) - failed
+            self._bar.failed(failed)
+            self._bar.done(len(records) - failed)
+
+    def tell_before(self, index: int, record: Record | None) -> None:
+        """Count a job that was done in an earlier run; write it unless it is None, in the output already."""
+        with self._lock:
+            if record is not None:
+                self._write([record])
+            elif self._in_order is not None:
+                self._in_order.skip(index)
+            self._summary.before += 1
+            self._bar.pass_over()
+
+    def skip(self, index: int) -> None:
+        """Count a job that is not asked for."""
+        with self._lock:
+            if self._in_order is not None:
+                self._in_order.skip(index)
+            self._summary.skipped += 1
+            self._bar.pass_over()
+
+    def flush(self) -> None:
+        """Write what waits for others, in order."""
+        with self._lock:
+            if self._in_order is not None:
+                self._in_order.flush()
+
+    def _write(self, records: Sequence[Record]) -> None:
+        if self._in_order is not None:
+            self._in_order.take(records)
+        else:
+            self._writer.write_records(records)

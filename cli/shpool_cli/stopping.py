@@ -1,0 +1,103 @@
+"""What ends a run early: signals, too many failures, and the clock."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import TYPE_CHECKING
+
+from shpool.halting import Halt, HaltPolicy
+from shpool_cli.console import ExitCode
+
+if TYPE_CHECKING:
+    from types import FrameType, TracebackType
+
+    from typing_extensions import Self
+
+    from shpool.batch import Batch
+
+_MOMENT = 0.5  # s that running jobs get to end after a signal; the whole exit must take less than one
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopper:
+    """Stop a batch for the length of a ``with`` block: soon at the first signal, at once at the second.
+
+    Args:
+        batch: The batch.
+        halt: When failures end it.
+        total: Jobs in all.
+        seconds: How long jobs may begin; None for as long as there are some.
+
+    Attributes:
+        reason: Why it was stopped, other than by a signal.
+        is_killing: Running jobs are not to be waited for.
+    """
+
+    def __init__(self, batch: Batch, halt: HaltPolicy, total: int, seconds: float | None) -> None:
+        self._batch = batch
+        self._halt = halt
+        self._total = total
+        self._signal: int | None = None
+        self.reason: str | None = None
+        self.is_killing = False
+        self._timer = None if seconds is None else threading.Timer(seconds, self._run_out, (seconds,))
+
+    def __enter__(self) -> Self:
+        self._former = {
+            number: signal.signal(number, self._hear)
+            for number in _SIGNALS
+            if signal.getsignal(number) != signal.SIG_IGN  # as nohup ignores SIGHUP
+        }
+        if self._timer is not None:
+            self._timer.daemon = True
+            self._timer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def note_failures(self, failed: int) -> None:
+        """Stop the batch if these are too many."""
+        if self.reason is None and self._halt.is_reached(failed, self._total):
+            self.is_killing = self._halt.how is Halt.NOW
+            self._stop(f"halted after {failed} failed {'job' if failed == 1 else 'jobs'}")
+
+    def pass_on(self) -> None:
+        """End as the signal asks that stopped the batch, if one did.
+
+        Raises:
+            KeyboardInterrupt: It was SIGINT.
+            SystemExit: It was another one.
+        """
+        if self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._signal is not None:
+            raise SystemExit(128 + self._signal)
+
+    def _hear(self, number: int, _frame: FrameType | None) -> None:
+        is_first, self._signal = self._signal is None, number
+        if is_first:
+            self._batch.stop(_MOMENT)
+        else:
+            self.pass_on()
+
+    def _run_out(self, seconds: float) -> None:
+        self._stop(f"stopped after --max-time, {seconds:g} s")
+
+    def _stop(self, reason: str) -> None:
+        self.reason = reason
+        self._batch.stop(*([0.0] if self.is_killing else []))
+
+
+def code_of(stop: BaseException) -> ExitCode:
+    """Return the exit code of a stop by the user."""
+    if isinstance(stop, KeyboardInterrupt):
+        return ExitCode.INTERRUPTED
+    has_hung_up = isinstance(stop, SystemExit) and stop.code == ExitCode.HUNG_UP
+    return ExitCode.HUNG_UP if has_hung_up else ExitCode.TERMINATED

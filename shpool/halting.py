@@ -1,0 +1,61 @@
+"""When a batch ends before its jobs do: after too many failures."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+_FORM = re.compile(r"(never|soon|now)(?:,fail=(\d+)(%?))?")
+_WHOLE = 100  # percent
+
+
+class Halt(Enum):
+    """How a batch ends early."""
+
+    NEVER = "never"
+    SOON = "soon"  # begin nothing new, let what runs end
+    NOW = "now"  # stop what runs
+
+
+@dataclass(frozen=True)
+class HaltPolicy:
+    """Decide after each failure whether the batch goes on.
+
+    Attributes:
+        how: What to do when it does not.
+        failures: Jobs that may not fail: the batch ends with the one that makes it so many.
+        percent: The same as a share of all jobs, in place of ``failures``.
+    """
+
+    how: Halt = Halt.NEVER
+    failures: int = 1
+    percent: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> HaltPolicy:
+        """Read ``never``, ``soon`` or ``now``, the last two also as in ``soon,fail=5`` or ``now,fail=10%``.
+
+        Raises:
+            ValueError: It is none of these.
+
+        >>> HaltPolicy.parse("now,fail=10%")
+        HaltPolicy(how=<Halt.NOW: 'now'>, failures=1, percent=10)
+        """
+        match = _FORM.fullmatch(text)
+        how, number, sign = match.groups() if match else ("", None, None)
+        is_wrong = match is None or (how == Halt.NEVER.value and number is not None)
+        if is_wrong or number == "0" or (sign and number is not None and int(number) > _WHOLE):
+            msg = f"{text!r} is none of never, soon, now, soon,fail=5, now,fail=10%"
+            raise ValueError(msg)
+        if number is None:
+            return cls(Halt(how))
+        return cls(Halt(how), percent=int(number)) if sign else cls(Halt(how), failures=int(number))
+
+    def is_reached(self, failed: int, total: int) -> bool:
+        """Tell whether so many failures among so many jobs are too many."""
+        if self.how is Halt.NEVER or not failed:
+            return False
+        if self.percent is None:
+            return failed >= self.failures
+        return failed * _WHOLE >= self.percent * total
