@@ -13,7 +13,6 @@ import itertools
 import logging
 import os
 import select
-import signal
 import threading
 import time
 import weakref
@@ -24,9 +23,10 @@ from shpool.board import anonymous_board
 from shpool.channels import BoardChannel
 from shpool.engines.base import Tally, WorkerSetup
 from shpool.engines.dispatch import STUCK_AFTER, Dispatch
+from shpool.engines.launcher import Launcher
 from shpool.engines.ledger import Ledger
 from shpool.engines.member import Flight, Member, PackedFunction
-from shpool.engines.serve import RECEIVE_SIZE, Kind, dump_setup
+from shpool.engines.serve import Kind
 from shpool.errors import InitializerError, TaskTerminatedError, TaskTimeoutError, UnpicklableError, WorkerLostError
 from shpool.logs import deliver
 from shpool.worker import dump, load, load_error, shortened
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MOST_FALSE_STARTS = 3  # workers in a row that end before they are ready: then the code is at fault
-_FALSE_STARTS_WITHIN = 30.0  # s of nothing but those: then it is the machine, although a worker was ready once
-_LAUNCH_PAUSE = 1.0  # s after the system refused a process or a descriptor
 _STOP_WITHIN = 5.0  # s a worker may take to end by itself
 _LONGEST_NAP = 3600.0  # s
 
@@ -61,19 +58,16 @@ class Crew:
     ) -> None:
         self.workers = workers
         self._setup = setup or WorkerSetup()
-        self._pickled_setup = dump_setup(self._setup)
-        self._blanked = blanked
         self.on_refused: Callable[[int], None] = lambda _: None
         self.on_end: Callable[[], None] = lambda: None
         self._board = anonymous_board()
         self._channel = BoardChannel(self._board)
+        self._launcher = Launcher(self._board, self._setup, blanked)
         self._numbers = itertools.count(1)
         self._is_over_for_good = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="shpool-crew", daemon=True)
         self._poll = select.poll()  # the loop's alone
         self._bell_in = self._bell_out = -1  # a pipe once started
-        self._launch_not_before = 0.0
-        self._landing = memoryview(bytearray(RECEIVE_SIZE))
 
         # Guards all that follows. It can be taken twice: a forgotten pool is collected in whatever thread makes the
         # garbage collector run, this module's included, and then calls shutdown().
@@ -82,8 +76,6 @@ class Crew:
         self._dispatch = Dispatch()
         self._ledger = Ledger(self._lock, self._dispatch, self._ring_if_closing)
         self._stopped: list[Flight] = []  # by terminate(), not running any more, to be settled by the loop
-        self._false_starts: list[float] = []  # when workers ended that had not been ready, since one last was
-        self._was_ready = False  # any worker, ever
         self._is_closing = self._is_killing = self._has_ended = False
         self._fatal: Exception | None = None
         self._is_rung = False
@@ -315,18 +307,16 @@ class Crew:
         staying = sum(not member.is_leaving for member in list(self._members.values()))
         if staying >= self.workers or (self._is_closing and staying >= self._ledger.pending):
             return
-        if time.monotonic() < self._launch_not_before:
+        if time.monotonic() < self._launcher.not_before:
             return
         try:
             with _launching:
-                member = Member.launch(self._board, self._setup, self._pickled_setup, self._blanked(), self._landing)
+                member = self._launcher.launch()
                 with self._lock:
                     self._members[member.fileno()] = member
         except OSError as exc:
             if not self._members:
                 self._fail_all(InitializerError(f"no worker process can be started: {exc}"))
-            logger.warning("a worker process cannot be started: %s; next attempt in %.0f s", exc, _LAUNCH_PAUSE)
-            self._launch_not_before = time.monotonic() + _LAUNCH_PAUSE
             return
         self._poll.register(member.fileno(), select.POLLIN)
 
@@ -337,7 +327,7 @@ class Crew:
             if self._dispatch.next_due is not None:
                 moments.append(self._dispatch.next_due)
             if sum(not member.is_leaving for member in self._members.values()) < self.workers and not self._is_closing:
-                moments.append(self._launch_not_before)
+                moments.append(self._launcher.not_before)
             if self._ledger.timed:
                 moments += [limit for limit, _ in self._limits()]
             moments += [member.head_since + STUCK_AFTER for member in self._waited_for()]
@@ -398,8 +388,8 @@ class Crew:
     def _land(self, member: Member, message: Message) -> Flight | None:
         """Take a message's effect on the worker's state; under the lock. Returns the flight it is about."""
         if message.kind == Kind.READY:
-            member.is_ready = self._was_ready = True
-            self._false_starts.clear()
+            member.is_ready = True
+            self._launcher.note_ready()
         if message.kind == Kind.RETURNED:
             self._put_back(member.take_back(load(message.payload)))
         if message.kind == Kind.GREW:
@@ -441,14 +431,13 @@ class Crew:
             head = member.flights.popleft() if member.flights and not self._may_go_again(member) else None
             self._put_back(member.flights)
             member.flights.clear()
-            if not member.is_ready:
-                self._false_starts.append(time.monotonic())
             self.tally.workers_lost += not member.is_leaving
         exitcode = member.reap()
         level = logging.DEBUG if member.is_leaving else logging.WARNING
         logger.log(level, "worker %d ended with exit code %s", member.pid, exitcode)
-        if not member.is_ready and self._is_beyond_hope(exitcode):
-            self._fail_all(InitializerError(f"workers end before they are ready, the last with exit code {exitcode}"))
+        in_vain = None if member.is_ready else self._launcher.note_false_start(exitcode)
+        if in_vain is not None:
+            self._fail_all(in_vain)
         if head is None:
             return
         if member.doom is None:
@@ -459,13 +448,6 @@ class Crew:
         else:  # the doomed task had just ended, and the next one was hit in its place
             with self._lock:
                 self._put_back([head])
-
-    def _is_beyond_hope(self, exitcode: int | None) -> bool:
-        """Tell whether it is in vain to start further workers; one that was killed proves nothing by itself."""
-        if len(self._false_starts) < _MOST_FALSE_STARTS:
-            return False
-        has_failed_by_itself = not self._was_ready and exitcode != -signal.SIGKILL
-        return has_failed_by_itself or self._false_starts[-1] - self._false_starts[0] > _FALSE_STARTS_WITHIN
 
     @staticmethod
     def _may_go_again(member: Member) -> bool:

@@ -1,0 +1,81 @@
+"""Starting workers: how, when the next attempt may come, and when it is in vain.
+
+All of it is called from the crew's loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from typing import TYPE_CHECKING
+
+from shpool.engines.member import Member
+from shpool.engines.serve import RECEIVE_SIZE, dump_setup
+from shpool.errors import InitializerError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from shpool.board import Board
+    from shpool.engines.base import WorkerSetup
+
+logger = logging.getLogger(__name__)
+
+_MOST_FALSE_STARTS = 3  # workers in a row that end before they are ready: then the code is at fault
+_FALSE_STARTS_WITHIN = 30.0  # s of nothing but those: then it is the machine, although a worker was ready once
+_PAUSE = 1.0  # s after the system refused a process or a descriptor
+
+
+class Launcher:
+    """Start workers that are all alike.
+
+    Args:
+        board: What they read the token from.
+        setup: How each of them begins.
+        blanked: Returns the environment variables they must not inherit; asked at each launch.
+
+    Attributes:
+        not_before: When the next launch may come, by ``time.monotonic``.
+    """
+
+    def __init__(self, board: Board, setup: WorkerSetup, blanked: Callable[[], Sequence[str]]) -> None:
+        self._board = board
+        self._setup = setup
+        self._pickled_setup = dump_setup(setup)
+        self._blanked = blanked
+        self._landing = memoryview(bytearray(RECEIVE_SIZE))  # where what all workers send arrives
+        self.not_before = 0.0
+        self._false_starts: list[float] = []  # when workers ended that had not been ready, since one last was
+        self._was_ready = False  # any worker, ever
+
+    def launch(self) -> Member:
+        """Start a worker.
+
+        Raises:
+            OSError: The system starts no more processes or opens no more descriptors; the next launch must wait.
+        """
+        try:
+            return Member.launch(self._board, self._setup, self._pickled_setup, self._blanked(), self._landing)
+        except OSError as exc:
+            logger.warning("a worker process cannot be started: %s; next attempt in %.0f s", exc, _PAUSE)
+            self.not_before = time.monotonic() + _PAUSE
+            raise
+
+    def note_ready(self) -> None:
+        """Take note that a worker is ready."""
+        self._was_ready = True
+        self._false_starts.clear()
+
+    def note_false_start(self, exitcode: int | None) -> InitializerError | None:
+        """Take note that a worker ended before it was ready; return why further ones are in vain, if they are.
+
+        One that was killed proves nothing by itself: memory may be short, and is there again in a moment.
+        """
+        self._false_starts.append(time.monotonic())
+        if len(self._false_starts) < _MOST_FALSE_STARTS:
+            return None
+        has_failed_by_itself = not self._was_ready and exitcode != -signal.SIGKILL
+        if has_failed_by_itself or self._false_starts[-1] - self._false_starts[0] > _FALSE_STARTS_WITHIN:
+            return InitializerError(f"workers end before they are ready, the last with exit code {exitcode}")
+        return None
