@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_each_command_prints_what_stands_below_it(
     ran = 0
     for block in blocks("console"):
         for command, expected in re.findall(r"^\$ (.*?)\n(.*?)(?=^\$ |\Z)", block, flags=re.MULTILINE | re.DOTALL):
-            name, *rest = command.split()
+            name, *rest = shlex.split(command)
             assert name == "shpool"
             whole = [sys.executable, "-m", "shpool_cli.app", *rest]
             done = subprocess.run(
@@ -66,7 +67,7 @@ def test_each_command_prints_what_stands_below_it(
             )
             assert matches(expected, done.stdout), f"{command}\nprinted:\n{done.stdout}\nexpected:\n{expected}"
             ran += 1
-    assert ran == 4
+    assert ran == 8
 
 
 def test_the_two_commands_stand_there() -> None:
