@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shpool.config import SHConfig
+    from shpool.downloads import DownloadItem, DownloadResult, download
     from shpool.errors import ShpoolError, SHUserWarning
     from shpool.pool import AuthenticatedProcessPool
     from shpool.session import OAuthSession, SentinelHubSession
@@ -28,6 +29,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AuthenticatedProcessPool",
+    "DownloadItem",
+    "DownloadResult",
     "OAuthSession",
     "SHConfig",
     "SHUserWarning",
@@ -38,10 +41,13 @@ __all__ = [
     "ShpoolError",
     "collect_shared_session",
     "current_session",
+    "download",
 ]
 
 _HOMES = {
     "AuthenticatedProcessPool": "shpool.pool",
+    "DownloadItem": "shpool.downloads",
+    "DownloadResult": "shpool.downloads",
     "OAuthSession": "shpool.session",
     "SHConfig": "shpool.config",
     "SHUserWarning": "shpool.errors",
@@ -52,6 +58,7 @@ _HOMES = {
     "ShpoolError": "shpool.errors",
     "collect_shared_session": "shpool.sharing",
     "current_session": "shpool.sharing",
+    "download": "shpool.downloads",
 }
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -26,43 +26,23 @@ from requests.auth import AuthBase
 from requests.structures import CaseInsensitiveDict
 from urllib3.util.retry import Retry
 
-from shpool.errors import InsecureUrlError
-from shpool.origins import host_of, is_loopback_host, is_secure_url
+from shpool.bearer import NEW_TOKEN_WITHIN, HostRule, lacks_scope
+from shpool.origins import host_of, is_loopback_host
 from shpool.retry import parse_retry_after
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    from shpool.bearer import TokenHolder
     from shpool.retry import RetryAfterUnit
     from shpool.tokens import Token
 
 logger = logging.getLogger(__name__)
 
-NEW_TOKEN_WITHIN = 30.0  # s to wait for a later generation after a refusal
 ATTEMPTS = 4  # as sentinelhub-py's max_download_attempts
 TIMEOUT = (10.0, 120.0)  # s to connect, and without a byte; the latter as sentinelhub-py's download_timeout_seconds
 _LONGEST_RETRY_AFTER = 120.0  # s; a server that asks for more gets its answer to the caller instead
 _UNAUTHORIZED = 401
 _AUTHORIZATION = "authorization"
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
-
-
-class TokenHolder(Protocol):
-    """What a client needs of a shared session."""
-
-    @property
-    def token(self) -> Token:
-        """The current token."""
-
-    @property
-    def allowed_hosts(self) -> Sequence[str]:
-        """Hosts that may be sent the token; empty for the origin of each call."""
-
-    def report_refused(self, generation: int) -> None:
-        """Tell the parent that a server refused this generation."""
-
-    def wait_for_token(self, seconds: float, *, newer_than: int = ...) -> Token:
-        """Return a token of a later generation, waiting so long for it."""
 
 
 class BearerAuth(AuthBase):
@@ -73,7 +53,7 @@ class BearerAuth(AuthBase):
 
     def __init__(self, holder: TokenHolder) -> None:
         self._holder = holder
-        self._strangers: set[str] = set()  # hosts already warned of
+        self._hosts = HostRule(holder)
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         """Add the token to a request that may carry it.
@@ -83,25 +63,13 @@ class BearerAuth(AuthBase):
             TokenUnavailableError: There is no valid token.
         """
         url = request.url or ""
-        if not self._may_have_token(url):
+        if not self._hosts.admits(url):
             return request
-        if not is_secure_url(url):
-            raise InsecureUrlError(host_of(url))
         attempt = _Attempt(self._holder, self._holder.token, _position(request.body))
         request.headers = _BearerHeaders(request.headers)
         request.headers["Authorization"] = attempt.header
         request.register_hook("response", attempt.take_answer)  # type: ignore[no-untyped-call]  # types-requests leaves it out
         return request
-
-    def _may_have_token(self, url: str) -> bool:
-        allowed, host = self._holder.allowed_hosts, host_of(url)
-        if not allowed or host in allowed:
-            return True
-        if host not in self._strangers:
-            self._strangers.add(host)
-            text = "%s is asked without the token; name it in the session's allowed_hosts if it should have it"
-            logger.warning(text, host)
-        return False
 
 
 class _Attempt:
@@ -117,7 +85,11 @@ class _Attempt:
         """Apply the 401 rule to an answer."""
         request = response.request
         was_ours = request.headers.get("Authorization") == self.header
-        if response.status_code != _UNAUTHORIZED or not was_ours or _lacks_scope(response):
+        if (
+            response.status_code != _UNAUTHORIZED
+            or not was_ours
+            or lacks_scope(response.headers.get("WWW-Authenticate", ""))
+        ):
             return response
         logger.info("%s refused the token of generation %d", host_of(request.url or ""), self._generation)
         self._holder.report_refused(self._generation)
@@ -247,11 +219,6 @@ def _without_token(error: requests.RequestException) -> requests.RequestExceptio
     error.args = (text,)  # instead of urllib3's error, which holds frames of its own
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
-
-
-def _lacks_scope(response: requests.Response) -> bool:
-    """Tell whether a fresh token of the same rights would be refused as well (RFC 6750, section 3.1)."""
-    return "insufficient_scope" in response.headers.get("WWW-Authenticate", "")
 
 
 def _position(body: Any) -> int | None:  # noqa: ANN401 - whatever requests takes as a body

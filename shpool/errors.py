@@ -25,12 +25,19 @@
     ├── InitializerError           the initializer failed in a worker
     ├── ConfigError                the configuration cannot be read or used
     ├── InputError                 a batch's target or input is not usable
-    └── JournalError               the journal of a batch cannot be read or written
-        ├── JournalNotFoundError   there is no such file
-        ├── NotAJournalError       the file is something else, which is never touched
-        ├── JournalMismatchError   written for another target, or in another format
-        ├── JournalInUseError      a run that is alive writes to it
-        └── JournalFullError       no space is left for it
+    ├── JournalError               the journal of a batch cannot be read or written
+    │   ├── JournalNotFoundError   there is no such file
+    │   ├── NotAJournalError       the file is something else, which is never touched
+    │   ├── JournalMismatchError   written for another target, or in another format
+    │   ├── JournalInUseError      a run that is alive writes to it
+    │   └── JournalFullError       no space is left for it
+    ├── MissingExtraError          an optional package is not installed
+    └── DownloadError              a file could not be fetched
+        ├── TransferError          the server or the network did not deliver it
+        ├── ContentError           what was delivered is not the file: size, checksum, an error page
+        ├── TargetPathError        its path leaves the folder, is taken, or is no possible one
+        ├── PartInUseError         a living process writes the same file
+        └── StorageFullError       no space left; what has arrived is kept
 
 Classes take positional fields only and build their text in ``__str__``: pickle replays the fields.
 Wrong arguments are plain ``TypeError`` and ``ValueError``.
@@ -576,3 +583,103 @@ class JournalFullError(JournalError):
         super().__init__(path, "no space is left on its disk", hint)
         self.args = (path, recorded)
         self.recorded = recorded
+
+
+class MissingExtraError(ShpoolError, ImportError):
+    """A feature needs a package that is not installed.
+
+    Args:
+        package: The package.
+        extra: shpool's extra that brings it.
+    """
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(package, extra)
+        self.package = package
+        self.extra = extra
+
+    def __str__(self) -> str:
+        return f"{self.package} is not installed; run: pip install 'shpool[{self.extra}]'"
+
+
+class DownloadError(ShpoolError):
+    """A file could not be fetched.
+
+    Args:
+        what: Its URL, without the query and anything else that may be secret, or its path.
+        reason: What happened, and what to do.
+    """
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(what, reason)
+        self.what = what
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.reason}"
+
+
+class TransferError(DownloadError):
+    """The server or the network did not deliver the file.
+
+    Args:
+        what: Its URL, without the query.
+        reason: What happened.
+        status: HTTP status of the last answer, or None.
+        retry_after: Seconds the server asked to wait, or None.
+        is_temporary: Whether the same request may work later.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        reason: str,
+        status: int | None = None,
+        retry_after: float | None = None,
+        is_temporary: bool = True,  # noqa: FBT001, FBT002 - pickle replays positional fields
+    ) -> None:
+        super().__init__(what, reason)
+        self.args = (what, reason, status, retry_after, is_temporary)
+        self.status = status
+        self.retry_after = retry_after
+        self.is_temporary = is_temporary
+
+    def __str__(self) -> str:
+        hint = "try later" if self.is_temporary else "check the URL and what the account may read"
+        return f"{self.what}: {self.reason}; {hint}"
+
+
+class ContentError(DownloadError):
+    """What was delivered is not the file that was asked for, and was thrown away."""
+
+
+class TargetPathError(DownloadError, ValueError):
+    """A file cannot have this path: it would leave the folder, is taken by another file, or is no possible name."""
+
+
+class PartInUseError(DownloadError, FileExistsError):
+    """A living process writes the same file.
+
+    Args:
+        path: The unfinished file.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, "another process is writing this file; wait for it, or end it")
+        self.args = (path,)
+
+
+class StorageFullError(DownloadError, OSError):
+    """There is no space left for a file; what has arrived of it is kept.
+
+    Args:
+        path: The unfinished file.
+        detail: The operating system's own words.
+    """
+
+    def __init__(self, path: str, detail: str = "No space left on device") -> None:
+        super().__init__(path, detail)
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.detail}; what has arrived is kept: free some space and run the same again"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from urllib.parse import urlsplit
+
+_ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
 
 
 def is_loopback_host(host: str) -> bool:
@@ -42,3 +45,27 @@ def is_secure_url(url: str) -> bool:
     """
     host, scheme = host_of(url), url.partition(":")[0].lower()
     return bool(host) and (scheme == "https" or (scheme == "http" and is_loopback_host(host)))
+
+
+def shown_url(url: str) -> str:
+    """Return a URL fit for an error or a log: signed ones carry their secrets in the query or before the host.
+
+    >>> shown_url("https://someone:secret@example.com/a.tif?signature=secret#page")
+    'https://example.com/a.tif?…'
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "a URL that cannot be read"
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}{parts.path}" + ("?…" if parts.query else "")
+
+
+def origin_of(url: str) -> str:
+    """Return the part of a URL that says who is asked: scheme, host and port, as they are written.
+
+    >>> origin_of("https://Example.com:8443/path?x=1")
+    'https://Example.com:8443'
+    """
+    found = _ORIGIN.match(url)
+    return "" if found is None else found[0]

@@ -96,6 +96,11 @@ class SharedSession:
         return self._current_posting().allowed_hosts
 
     @property
+    def retry_after_unit(self) -> RetryAfterUnit:
+        """What a number in ``Retry-After`` counts at this provider."""
+        return self._current_posting().retry_after_unit
+
+    @property
     def auth(self) -> BearerAuth:
         """An auth object for ``requests``: the token of the moment, and one retry when a server refuses it."""
         from shpool.client import BearerAuth
@@ -108,7 +113,7 @@ class SharedSession:
         if self._http is None or self._http[0] != os.getpid():
             from shpool.client import HTTPClient
 
-            self._http = os.getpid(), HTTPClient(self, self._current_posting().retry_after_unit)
+            self._http = os.getpid(), HTTPClient(self, self.retry_after_unit)
         return self._http[1]
 
     def info(self) -> dict[str, Any]:
@@ -130,6 +135,9 @@ class SharedSession:
         Raises:
             TokenUnavailableError: None came.
         """
+        word, version, until, known = self._view
+        if word[0] == version and _monotonic() < until and known.generation > newer_than:
+            return known  # as in ``token``
         give_up, nap = time.monotonic() + seconds, _FIRST_NAP
         while True:
             reader = self._reader

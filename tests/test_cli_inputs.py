@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def calls(text: str | bytes, form: Format) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     data = text.encode() if isinstance(text, str) else text
     source = Input(io.BytesIO(data), "jobs", form)
-    count = source.check(None)
+    count = source.check()
     found = list(source.calls())
     assert count == len(found)
     return found
@@ -103,12 +103,19 @@ def test_a_long_csv_field_is_read() -> None:
     assert calls(f"wkt\n{text}\n", Format.CSV) == [((), {"wkt": text})]
 
 
-def test_arguments_that_do_not_fit_the_function_are_named() -> None:
+def test_a_line_that_fails_a_check_is_named() -> None:
     def fetch(tile: str, *, size: int = 1) -> None: ...
 
     source = Input(io.BytesIO(b'{"tile": "a"}\n\n{"tile": "b", "zise": 2}\n'), "jobs", Format.JSONL)
-    with pytest.raises(InputError, match=r"jobs, line 3: the arguments do not fit .*'zise'"):
-        source.check(inspect.signature(fetch))
+
+    def fits(call: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+        try:
+            inspect.signature(fetch).bind(*call[0], **call[1])
+        except TypeError as error:
+            raise InputError("elsewhere", str(error), "look at the function") from None
+
+    with pytest.raises(InputError, match=r"jobs, line 3: .*'zise'.*; look at the function"):
+        source.check(fits)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +153,6 @@ def test_a_pipe_can_be_read_twice(tmp_path: Path) -> None:
     writer = threading.Thread(target=path.write_text, args=("1\n2\n",))
     writer.start()
     with open_input(str(path), None) as source:
-        assert source.check(None) == 2
+        assert source.check() == 2
         assert [args for args, _ in source.calls()] == [(1,), (2,)]
     writer.join()

@@ -16,6 +16,7 @@ asked, and fails, hangs or revokes when told:
 from __future__ import annotations
 
 from shpool.testing.clock import FakeClock
+from shpool.testing.files import FileFault
 from shpool.testing.server import LoopbackServer, tile_bytes
 
-__all__ = ["FakeClock", "LoopbackServer", "tile_bytes"]
+__all__ = ["FakeClock", "FileFault", "LoopbackServer", "tile_bytes"]

@@ -134,6 +134,10 @@ class _Connection(asyncio.Protocol):
         if self._transport is None or self._transport.is_closing():
             return
         self._transport.write(response.encode(head_only=request.method == "HEAD"))
+        if response.is_cut_short:
+            if response.stall_at is None:
+                self._transport.close()  # once what was written is sent
+            return
         self._is_waiting = False
         if request.keep_alive:
             self._serve_next()

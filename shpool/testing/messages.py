@@ -38,11 +38,26 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """One answer."""
+    """One answer.
+
+    Attributes:
+        status: HTTP status.
+        body: Content.
+        headers: Fields; ``Content-Length`` is added.
+        cut_at: Close the connection after so many bytes of the content.
+        stall_at: Send nothing more after so many bytes of the content.
+    """
 
     status: int
     body: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
+    cut_at: int | None = None
+    stall_at: int | None = None
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Tell whether not all of the content is sent."""
+        return self.cut_at is not None or self.stall_at is not None
 
     @classmethod
     def of_json(cls, status: int, content: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
@@ -58,7 +73,10 @@ class Response:
         lines = [f"HTTP/1.1 {self.status} {phrase}", f"Content-Length: {len(self.body)}"]
         lines += [f"{name}: {value}" for name, value in self.headers.items()]
         head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-        return head if head_only else head + self.body
+        if head_only:
+            return head
+        sent = min(len(self.body) if at is None else at for at in (self.cut_at, self.stall_at))
+        return head + self.body[:sent]
 
 
 def take_request(buffer: bytearray) -> Request | None:

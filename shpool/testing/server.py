@@ -7,11 +7,12 @@ import hashlib
 import re
 import threading
 from collections import deque
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from shpool.testing.endpoint import Endpoint
+from shpool.testing.files import FileFault, FileShelf
 from shpool.testing.issuer import ExpiresIn, TokenIssuer
 from shpool.testing.messages import Request, Response
 from shpool.tokens import SYSTEM_CLOCK
@@ -42,8 +43,8 @@ class LoopbackServer:
     """An OAuth2 provider and a data service on two ports of 127.0.0.1, as a context manager.
 
     The token endpoint takes client credentials in the body or as HTTP Basic. The data service answers
-    ``/tiles/<n>?size=<bytes>`` and ``/whoami`` to bearers of a valid token, and ``/redirect?to=<url>``
-    to anybody. Both stand on their own ports, as an identity provider seldom is the API's host.
+    ``/tiles/<n>?size=<bytes>``, ``/files/<name>`` and ``/whoami`` to bearers of a valid token, and
+    ``/redirect?to=<url>`` to anybody. Both stand on their own ports, as an identity provider seldom is the API's host.
 
     Args:
         lifetime: Seconds a token lives; the attribute may be set later, for tokens to come.
@@ -77,6 +78,7 @@ class LoopbackServer:
         self.unauthorized = 0
         self.bytes_sent = 0
         self._clock = clock
+        self._shelf = FileShelf()
         self._log: list[tuple[float, str, int]] = []
         self._issuer = TokenIssuer(
             client_id, client_secret, lifetime=lifetime, jwt=jwt, expires_in=expires_in, clock=clock
@@ -122,6 +124,32 @@ class LoopbackServer:
     def data_url(self, n: int, size: int = 1024) -> str:
         """Return the URL of tile ``n`` with ``size`` bytes."""
         return f"{self.base_url}/tiles/{n}?size={size}"
+
+    def put_file(
+        self, name: str, content: bytes, headers: Mapping[str, str] | None = None, *, public: bool = False
+    ) -> str:
+        """Offer a file and return its URL.
+
+        Args:
+            name: What follows ``/files/`` in its URL, as it stands in there: encoded.
+            content: What it holds.
+            headers: Fields of its answers, besides a type and a strong ETag; they may replace these.
+            public: Give it to anybody.
+        """
+        self._shelf.put(name, content, headers, is_public=public)
+        return f"{self.base_url}/files/{name}"
+
+    def fail_file(self, name: str, *faults: FileFault) -> None:
+        """Let the next answers for a file go wrong, in this order."""
+        self._shelf.fail_next(name, *faults)
+
+    def fail_files_at_random(self, share: float, *faults: FileFault, seed: int = 0) -> None:
+        """Let a share of the answers for all files go wrong, each in one of these ways; 0 heals."""
+        self._shelf.fail_at_random(seed, share, faults)
+
+    def file_requests(self, name: str) -> Sequence[Request]:
+        """Return the requests for a file that were allowed to have it, oldest first."""
+        return tuple(self._shelf.seen[name])
 
     @property
     def logins(self) -> int:
@@ -225,6 +253,9 @@ class LoopbackServer:
     def _answer_data(self, request: Request) -> Response:
         if request.path == "/redirect":
             return Response(302, headers={"Location": request.query("to", "/whoami")})
+        name = request.path.removeprefix("/files/") if request.path.startswith("/files/") else None
+        if name is not None and self._shelf.is_public(name):
+            return self._shelf.answer(name, request)
         scheme, _, access_token = request.headers.get("authorization", "").partition(" ")
         issued = self._issuer.lookup(access_token) if scheme.lower() == "bearer" else None
         if issued is None:
@@ -233,11 +264,15 @@ class LoopbackServer:
             return Response(401, headers={"WWW-Authenticate": challenge})
         if request.path == "/whoami":
             return Response.of_json(200, {"id": issued.id, "number": issued.number, "client_id": issued.client_id})
-        match = _TILE.fullmatch(request.path)
-        size = request.query("size", "1024")
-        if match is None or not size.isdigit() or int(size) > _LARGEST_TILE:
-            return Response(404)
-        return Response(200, tile_bytes(int(match[1]), int(size)), {"Content-Type": "application/octet-stream"})
+        return _answer_tile(request) if name is None else self._shelf.answer(name, request)
+
+
+def _answer_tile(request: Request) -> Response:
+    match = _TILE.fullmatch(request.path)
+    size = request.query("size", "1024")
+    if match is None or not size.isdigit() or int(size) > _LARGEST_TILE:
+        return Response(404)
+    return Response(200, tile_bytes(int(match[1]), int(size)), {"Content-Type": "application/octet-stream"})
 
 
 def _fault(status: int, retry_after: float | str | None, body: Mapping[str, Any] | bytes) -> Response:

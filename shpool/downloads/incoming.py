@@ -1,0 +1,330 @@
+"""One file on its way from a server to its place: what ``transfer`` decides, done on disk."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Literal
+
+from shpool.downloads.checksums import Hashers, has_digests
+from shpool.downloads.filenames import late_name, safe_name, url_digest
+from shpool.downloads.items import DownloadResult
+from shpool.downloads.partfile import PartFile, file_size, translated
+from shpool.downloads.press import Arrived
+from shpool.downloads.transfer import (
+    NOTHING,
+    Ask,
+    Failure,
+    Patience,
+    Receive,
+    Standing,
+    StartOver,
+    Wanted,
+    Whole,
+    can_continue,
+    judge,
+)
+from shpool.errors import ContentError, DownloadError, TransferError
+from shpool.origins import shown_url
+
+if TYPE_CHECKING:
+    from shpool.downloads.curling import CurlTrouble
+    from shpool.downloads.filenames import Folder
+    from shpool.downloads.items import FetchSettings, PlannedItem
+    from shpool.downloads.transfer import Answer, Verdict
+    from shpool.retry import RetryAfterUnit
+
+_KEPT_IN_MEMORY = 256 * 1024  # bytes of a file that arrive before some are written: small files are written in one go
+_IGNORED = 64 * 1024  # bytes of an error's body to read, so that the connection can be used again
+
+
+class Incoming:
+    """One file, from the look at what is there until its content is complete and right.
+
+    Args:
+        planned: What to fetch.
+        folder: Where to.
+        settings: How.
+        unit: What a number in ``Retry-After`` counts.
+    """
+
+    def __init__(self, planned: PlannedItem, folder: Folder, settings: FetchSettings, unit: RetryAfterUnit) -> None:
+        item = planned.item
+        self.planned = planned
+        self.patience = Patience(settings.retries)
+        self.url = item.url  # of the next request: redirects change it
+        self.redirects = self.refusals = self.attempts = self.received = 0
+        self.generation: int | None = None  # of the token the request under way was sent with
+        self.is_astray = False  # a redirect has led to another origin: the token stays behind
+        self.begun = 0.0
+        self.target: str | None = None
+        self._folder = folder
+        self._settings = settings
+        self._unit = unit
+        self._wanted = Wanted(item.url, planned.path or "", item.size, item.digests)
+        self._part: PartFile | None = None
+        self._checks_existing = False
+        self._asked: Ask | None = None
+        self._verdict: Verdict | None = None
+        self._hashers = Hashers(())
+        self._chunks: list[bytes] = []
+        self._in_memory = 0
+
+    # Before a request
+
+    def look(self) -> DownloadResult | Arrived | None:
+        """See what is on disk: a right file, a part that only has to be renamed, or None when a request is needed.
+
+        Raises:
+            DownloadError: It cannot be fetched to where it is to go.
+        """
+        self.begun = time.monotonic()
+        if self.planned.path is not None:
+            self.target = self._folder.locate(self.planned.path)
+            if not self._settings.overwrite and (size := file_size(self.target)) is not None:
+                if self._is_right(size):
+                    return self.skipped(size)
+                if not self._wanted.is_verifiable and size:
+                    self._checks_existing = True
+                    return None
+        self._part = PartFile.open(self._stem(), create=False)
+        return self._arrived() if self._has_all() else None
+
+    def go_back(self) -> None:
+        """Ask the first URL again: where it redirects to may have changed, and signed ones expire."""
+        self.url = self._wanted.url
+        self.redirects, self.is_astray = 0, False
+
+    def request_fields(self) -> list[str]:
+        """Return the header fields of the next request, and get ready for its answer."""
+        self.attempts += not self.redirects
+        self._verdict = None
+        self._asked = Ask(self._wanted, self._standing(), self.url, self._unit)
+        return self._asked.fields()
+
+    def _standing(self) -> Standing:
+        if self._checks_existing and self.target is not None:
+            return Standing(file_size(self.target) or 0)
+        if self._part is None:
+            return NOTHING
+        standing = self._part.standing(url_digest(self._wanted.url), is_provable=bool(self._wanted.digests))
+        return standing if can_continue(self._wanted, standing) else NOTHING
+
+    # The answer
+
+    def take_head(self, answer: Answer) -> None:
+        """Judge an answer, and get ready to write what follows."""
+        assert self._asked is not None
+        verdict = judge(answer, self._asked, time.time())
+        if isinstance(verdict, Receive) and self.target is None:
+            self._settle_name(answer.fields.get("content-disposition", ""))
+        if isinstance(verdict, Receive) and self._is_existing(verdict):
+            verdict = Whole()
+        elif isinstance(verdict, Receive) and self._checks_existing and verdict.offset:
+            verdict = StartOver("the file there is not the server's")
+        if isinstance(verdict, Receive):
+            self._checks_existing = False
+            self.refusals = 0
+            self._prepare_to_write(verdict)
+        self._verdict = verdict
+
+    def _settle_name(self, disposition: str) -> None:
+        self.target = self._folder.locate(late_name(self._wanted.url, disposition))
+
+    def _is_existing(self, verdict: Receive) -> bool:
+        """Tell whether the file under this name is the one that is about to arrive."""
+        if self._settings.overwrite or self.target is None or not (self._checks_existing or self.planned.path is None):
+            return False
+        size = file_size(self.target)
+        if size is None or size != verdict.total:
+            return False
+        digests = [*self._wanted.digests, *verdict.digests]
+        is_same = has_digests(self.target, digests) if digests else self._is_older(self.target)
+        self._checks_existing = self._checks_existing or is_same
+        return is_same
+
+    def _is_older(self, path: str) -> bool:
+        """Tell whether a file was there before this run, which must not take two files of one name for one."""
+        return (
+            self.planned.path is not None or not self._settings.begun or os.stat(path).st_ctime < self._settings.begun
+        )
+
+    def _prepare_to_write(self, verdict: Receive) -> None:
+        self._hashers = Hashers([*self._wanted.digests, *verdict.digests])
+        if self._part is not None and self._part.size:
+            if verdict.offset:
+                self._hashers.read(self._part.descriptor)
+            else:
+                self._part.restart()
+
+    def take_body(self, chunk: bytes) -> bool:
+        """Take some of the body; tell whether more is wanted."""
+        self.received += len(chunk)
+        self._in_memory += len(chunk)
+        verdict = self._verdict
+        if not isinstance(verdict, Receive):
+            return self._in_memory <= _IGNORED and not isinstance(verdict, (Whole, StartOver))
+        self._chunks.append(chunk)
+        if self._in_memory >= _KEPT_IN_MEMORY:
+            self._write()
+        return True
+
+    def _write(self) -> None:
+        """Write what has arrived to the part, and note what it is worth if more is to come."""
+        verdict = self._verdict
+        if not self._chunks or not isinstance(verdict, Receive):
+            return
+        if self._part is None:
+            self._part = PartFile.open(self._stem(), create=True)
+            assert self._part is not None
+            if self._part.size:
+                self._part.restart()  # left by a run that was not to be continued
+        size = self._part.size + self._in_memory
+        if self._part.size == 0 and size != verdict.total:
+            self._part.note(url_digest(self._wanted.url), verdict.validator, os.path.basename(self.target or ""))
+        chunks, self._chunks, self._in_memory = self._chunks, [], 0
+        self._hashers.update(chunks)
+        self._part.append(chunks)
+
+    # After it
+
+    def conclude(self, trouble: CurlTrouble | Exception | None) -> Verdict | DownloadResult | Arrived:
+        """Return what comes of an answer, complete or cut."""
+        verdict = self._verdict
+        try:
+            if isinstance(trouble, Exception):
+                return self._failed_here(trouble)
+            if isinstance(verdict, Receive):
+                return self._conclude_body(verdict, trouble)
+        except (DownloadError, OSError) as exc:
+            return self._failed_here(exc)
+        finally:
+            self._drop_memory()
+        if isinstance(verdict, Whole):
+            return self._conclude_whole()
+        if isinstance(verdict, StartOver):
+            self._start_over()
+        if verdict is not None:
+            return verdict
+        reason, is_final = (trouble.reason, trouble.is_final) if trouble is not None else ("no answer", False)
+        error = TransferError(shown_url(self._wanted.url), reason, None, None, not is_final)
+        return Failure(error, is_final=is_final)
+
+    def _failed_here(self, exc: Exception) -> Failure:
+        if isinstance(exc, OSError) and not isinstance(exc, DownloadError):
+            exc = translated(exc, self._part.path if self._part is not None else self._stem())
+        error = exc if isinstance(exc, DownloadError) else DownloadError(shown_url(self._wanted.url), repr(exc))
+        return Failure(error, is_final=not isinstance(error, ContentError))
+
+    def _conclude_body(self, verdict: Receive, trouble: CurlTrouble | None) -> Failure | Arrived:
+        if trouble is not None:
+            if verdict.validator or self._wanted.digests:
+                self._write()
+            return Failure(TransferError(shown_url(self._wanted.url), trouble.reason), is_final=trouble.is_final)
+        if self._part is None and not self._chunks:
+            self._part = PartFile.open(self._stem(), create=True)  # an empty file
+        self._write()
+        size = self.bytes_kept
+        expected = self._wanted.size if self._wanted.size is not None else verdict.total
+        mismatch = f"it is {size} bytes, not {expected}" if expected not in (None, size) else self._hashers.mismatch()
+        if mismatch:
+            self._start_over()
+            return Failure(ContentError(shown_url(self._wanted.url), f"{mismatch}; what was sent is thrown away"))
+        return self._arrived()
+
+    def _conclude_whole(self) -> DownloadResult | Arrived | StartOver:
+        if self._checks_existing and self.target is not None:
+            return self.skipped(file_size(self.target) or 0)
+        if self.target is None:
+            self.target = self._folder.locate(self._noted_name() or late_name(self._wanted.url, ""))
+        hashers = Hashers(self._wanted.digests)
+        if self._part is not None:
+            hashers.read(self._part.descriptor)
+            if self._wanted.size in (None, self._part.size) and not hashers.mismatch():
+                return self._arrived()
+        self._start_over()
+        return StartOver("what is on disk is not the file")
+
+    def _noted_name(self) -> str:
+        return safe_name(self._part.noted_name) if self._part is not None else ""
+
+    def _start_over(self) -> None:
+        if self._checks_existing:
+            self._checks_existing = False
+        elif self._part is not None and self._part.size:
+            self._part.restart()
+
+    def _drop_memory(self) -> None:
+        self._chunks, self._in_memory = [], 0
+
+    def _has_all(self) -> bool:
+        """Tell whether the part is the whole file, as far as a checksum can tell without the server."""
+        part = self._part
+        if part is None or self.target is None or not self._wanted.digests or not part.size:
+            return False
+        if self._wanted.size is None or part.size != self._wanted.size:
+            return False
+        hashers = Hashers(self._wanted.digests)
+        hashers.read(part.descriptor)
+        return not hashers.mismatch()
+
+    def _is_right(self, size: int) -> bool:
+        """Tell whether the file under the target's name is the one that is wanted, as far as that is known."""
+        wanted = self._wanted
+        if not wanted.is_verifiable or self.target is None or wanted.size not in (None, size):
+            return False
+        return not wanted.digests or has_digests(self.target, wanted.digests)
+
+    def _arrived(self) -> Arrived:
+        assert self._part is not None
+        assert self.target is not None
+        part, self._part = self._part, None
+        return Arrived(part, self.target, replace=self.planned.path is not None or self._settings.overwrite)
+
+    def _stem(self) -> str:
+        if self.planned.path is not None and self.target is not None:
+            return self.target
+        return f"{self._folder.root}/file-{url_digest(self._wanted.url)}"
+
+    # The end
+
+    @property
+    def bytes_kept(self) -> int:
+        """Bytes of it on disk."""
+        return self._part.size if self._part is not None and self._part.descriptor >= 0 else 0
+
+    def skipped(self, size: int) -> DownloadResult:
+        """Return the result of a file that was there."""
+        return self._result("skipped", size, None)
+
+    def done(self, size: int) -> DownloadResult:
+        """Return the result of a file that has its name now."""
+        return self._result("done", size, None)
+
+    def failed(self, error: Exception) -> DownloadResult:
+        """Keep what has arrived for another run, and return the result."""
+        kept = self.bytes_kept
+        self.close()
+        return self._result("failed", kept, error)
+
+    def close(self) -> None:
+        """Write what is in memory, as far as it can be continued, and close the part."""
+        verdict = self._verdict
+        try:
+            if isinstance(verdict, Receive) and (verdict.validator or self._wanted.digests):
+                self._write()
+        finally:
+            self._drop_memory()
+            if self._part is not None:
+                self._part.close()
+                self._part = None
+
+    def _result(
+        self, status: Literal["done", "skipped", "failed"], size: int, error: Exception | None
+    ) -> DownloadResult:
+        seconds = time.monotonic() - self.begun if self.begun else 0.0
+        planned = self.planned
+        path = self.target if status != "failed" else None
+        return DownloadResult(
+            planned.number, planned.item.url, path, status, size, self.received, self.attempts, seconds, error
+        )
