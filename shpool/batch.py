@@ -140,6 +140,11 @@ class Batch:
         """Cancel what has not begun; no more results come."""
         self._results.close()
 
+    @property
+    def is_stopping(self) -> bool:
+        """Tell whether ``stop`` was called: what yields the jobs may end, too."""
+        return self._give_up is not None
+
     def stop(self, within: float = math.inf) -> None:
         """Begin no job and no attempt any more, and let what runs end; from any thread, or from a signal handler.
 
@@ -152,8 +157,7 @@ class Batch:
     def _run(self) -> Generator[JobResult, None, None]:
         try:
             while not self._is_over():
-                if self._give_up is None:
-                    self._fill()
+                self._fill()
                 if self._in_flight:
                     result = self._collect()
                     if result is not None:
@@ -168,7 +172,9 @@ class Batch:
             return self._is_exhausted and not self._in_flight and not self._waiting
         self._waiting.clear()
         self._cancel()
-        return not self._in_flight or self._times.clock() >= self._give_up
+        if self._times.clock() < self._give_up:
+            return not self._in_flight
+        return not any(future.done() for future in self._in_flight)  # what has ended is a result
 
     def _cancel(self) -> None:
         """Drop what has not begun."""
@@ -181,9 +187,9 @@ class Batch:
 
     def _fill(self) -> None:
         """Submit what the window has room for: attempts that are due first, then new jobs."""
-        while len(self._in_flight) < self._window:
+        while len(self._in_flight) < self._window and not self.is_stopping:
             attempt = self._next_attempt()
-            if attempt is None:
+            if attempt is None or self.is_stopping:  # told to stop while the input was read
                 return
             attempt.begun = self._times.clock()
             future = self._submit(attempt.job)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from enum import Enum
 
-_FORM = re.compile(r"(never|soon|now)(?:,fail=(\d+)(%?))?")
+_FORM = re.compile(r"(never|soon|now)(?:,fail=([0-9]{1,18})(%?))?")
 _WHOLE = 100  # percent
 
 
@@ -45,7 +46,7 @@ class HaltPolicy:
         match = _FORM.fullmatch(text)
         how, number, sign = match.groups() if match else ("", None, None)
         is_wrong = match is None or (how == Halt.NEVER.value and number is not None)
-        if is_wrong or number == "0" or (sign and number is not None and int(number) > _WHOLE):
+        if is_wrong or (number is not None and not 1 <= int(number) <= (_WHOLE if sign else math.inf)):
             msg = f"{text!r} is none of never, soon, now, soon,fail=5, now,fail=10%"
             raise ValueError(msg)
         if number is None:

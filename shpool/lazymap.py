@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from shpool.engines.base import NO_RETRIES, BatchResult, Engine, Task
+from shpool.engines.slot import Slot
 from shpool.errors import UnpicklableError
 
 if TYPE_CHECKING:
@@ -204,12 +205,12 @@ class LazyMap:
         if self._options.goes_singly:
             return _Batch(items, self._submit_one(items[0], self._options.policy))
         task = Task(self._fn, items, label=self._label, batch=True, star=self._star)
-        return _Batch(items, self._engine.submit(task))
+        return _Batch(items, self._engine.submit(task, Slot()))
 
     def _submit_one(self, item: Any, policy: RetryPolicy) -> Future[Any]:  # noqa: ANN401 - the user's own items
         args = item if self._star else (item,)
         return self._engine.submit(
-            Task(self._fn, args, label=self._label, policy=policy, timeout=self._options.task_timeout)
+            Task(self._fn, args, label=self._label, policy=policy, timeout=self._options.task_timeout), Slot()
         )
 
     def _results_of(self, batch: _Batch) -> Iterator[Any]:

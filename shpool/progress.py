@@ -31,6 +31,7 @@ class Progress:
         stream: Where the bar is drawn; None is ``sys.stderr`` as it is then.
         token: Asked for the token's seconds left at every redraw of the thread, from that thread; None leaves it
             to ``update_token``.
+        note: Asked for words to show besides the counts, such as bytes, at every redraw; from that thread too.
         tick: Seconds between the thread's redraws.
 
     >>> with Progress(3, desc="tiles", enabled=False) as progress:
@@ -49,6 +50,7 @@ class Progress:
         enabled: bool | None = None,
         stream: TextIO | None = None,
         token: Callable[[], float | None] | None = None,
+        note: Callable[[], str] | None = None,
         tick: float = _TICK,
     ) -> None:
         self.done_count = 0
@@ -60,6 +62,7 @@ class Progress:
         self._enabled = _is_terminal(self._stream) if enabled is None else enabled
         self._seconds_left: float | None = None
         self._token = token
+        self._note = note
         self._tick = tick
         self._lock = threading.Lock()  # guards the bar's drawing
         self._bar: Any = None  # a tqdm, imported only when drawn
@@ -132,8 +135,11 @@ class Progress:
                 return
 
     def _postfix(self) -> str:
-        failed = f"failed {self.failed_count}"
-        return failed if self._seconds_left is None else f"{failed}, token {max(self._seconds_left, 0.0):.0f} s"
+        parts = [self._note()] if self._note is not None else []
+        parts.append(f"failed {self.failed_count}")
+        if self._seconds_left is not None:
+            parts.append(f"token {max(self._seconds_left, 0.0):.0f} s")
+        return ", ".join(parts)
 
 
 def _is_terminal(stream: TextIO) -> bool:

@@ -47,11 +47,19 @@ def dump(value: object) -> bytes:
 
 def _is_large(value: object) -> bool:
     """Tell whether a value, or one in a tuple, is so large that a search through its pickle would cost too much."""
-    if type(value) is tuple:
-        for item in value:
-            if _is_large(item):
-                return True
-    return sys.getsizeof(value) >= _LARGE
+    if type(value) is not tuple:
+        return _size_of(value) >= _LARGE
+    for item in value:  # no generator and no recursion: this runs for every call
+        if type(item) is tuple:
+            for inner in item:
+                if _size_of(inner) >= _LARGE:
+                    return True
+        elif _size_of(item) >= _LARGE:
+            return True
+    return False
+
+
+_size_of = sys.getsizeof
 
 
 def _dump_small(value: object) -> tuple[bytes, bool]:

@@ -1,21 +1,24 @@
 """Downloads: many files at once, each right or reported by name.
 
-``run`` groups files and hands the groups to a pool; in a worker ``fetching`` carries one group, ``curling`` is
-libcurl's loop, ``incoming`` one file on its way and ``transfer`` the decisions about it; ``partfile`` and ``press`` put
-it on disk, ``checksums`` and ``filenames`` say what it must be and may be called; ``items`` are the values.
+``run`` plans files, and ``groups`` hands them to a pool in groups; in a worker ``fetching`` carries one group,
+``curling`` is libcurl's loop, ``incoming`` one file on its way and ``transfer`` the decisions about it; ``partfile``
+and ``press`` put it on disk, ``checksums`` and ``filenames`` say what it must be and may be called; ``items`` are the
+values.
 """
 
 from __future__ import annotations
 
 from shpool.downloads.fetching import FetchGroup
+from shpool.downloads.groups import GroupRun, GroupSizer
 from shpool.downloads.items import DownloadItem, DownloadResult, FetchSettings, PlannedItem, Planner, as_item
-from shpool.downloads.run import GroupSizer, download
+from shpool.downloads.run import download
 
 __all__ = [
     "DownloadItem",
     "DownloadResult",
     "FetchGroup",
     "FetchSettings",
+    "GroupRun",
     "GroupSizer",
     "PlannedItem",
     "Planner",

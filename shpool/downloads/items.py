@@ -138,7 +138,7 @@ def as_item(item: str | Mapping[str, Any] | DownloadItem, where: str = "item") -
         item = DownloadItem(item)
     elif not isinstance(item, DownloadItem):
         unknown = sorted(str(name) for name in item if name not in _FIELDS)
-        if unknown or "url" not in item:
+        if unknown or not item.get("url"):
             reason = f"unknown field {unknown[0]!r}" if unknown else "it has no url"
             raise InputError(where, reason, "fields are url, and where known path, size, sha256, md5")
         item = DownloadItem(**{name: value for name, value in item.items() if value not in (None, "")})
@@ -165,7 +165,7 @@ def _checked_fields(item: DownloadItem, where: str) -> DownloadItem:
         size = None if item.size is None else int(item.size)
         sha256 = None if item.sha256 is None else checked_digest("sha256", item.sha256)
         md5 = None if item.md5 is None else checked_digest("md5", item.md5)
-    except (ValueError, TypeError, AttributeError) as exc:
+    except (ValueError, TypeError, AttributeError, OverflowError) as exc:
         raise InputError(where, str(exc), "size is a number of bytes, checksums are hex digits") from exc
     if (size is not None and size < 0) or not isinstance(item.path, (str, type(None))):
         raise InputError(where, f"size {item.size!r} or path {item.path!r} is none", "see the fields of DownloadItem")

@@ -1,40 +1,30 @@
 """Download files in parallel, safely: the public face of the transfer modules.
 
-Items are planned in the parent (names, checks, duplicates), grouped, and fetched in the pool's workers by
-``FetchGroup``. A group is sized by what the last ones took, so that a worker is busy for half a second with it: less
-and it would idle between groups, more and a bar would jump.
+Items are planned in the parent (names, checks, duplicates), grouped by ``groups``, and fetched in the pool's workers by
+``FetchGroup``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
-from dataclasses import dataclass, field
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shpool.batch import worker_count
 from shpool.downloads.curling import CurlOptions, load_pycurl
 from shpool.downloads.fetching import FetchGroup, close_loop
+from shpool.downloads.groups import GroupRun, GroupSizer, unfetched
 from shpool.downloads.items import DownloadItem, DownloadResult, FetchSettings, PlannedItem, Planner, as_item
-from shpool.errors import StorageFullError, TargetPathError, TaskError
+from shpool.errors import TargetPathError
 
 if TYPE_CHECKING:
     import os
 
-    from shpool.downloads.fetching import FetchedGroup
     from shpool.sources import Session
 
 __all__ = ["DownloadItem", "DownloadResult", "FetchGroup", "FetchSettings", "GroupSizer", "Planner", "download"]
-
-_LONGEST_GROUP = 1024  # files; their results wait for each other
-_GROUP_SECONDS = 0.5  # s a worker should be busy with a group
-_GROUPS_PER_WORKER = 2  # one running, one waiting
-_MOST_TRIES = 2  # of a group whose worker died, before it is split
 
 
 def download(  # noqa: PLR0913 - all but three are keyword-only, each with its default
@@ -103,129 +93,24 @@ def _run(
 
             executor = stack.enter_context(AuthenticatedProcessPool(pool, max_workers))
         stack.callback(close_loop)  # of the inline engine, which works in this thread
-        yield from _Run(executor, FetchGroup(settings), planner).results(items)
+        count = len(items) if isinstance(items, Sized) else None
+        run = stack.enter_context(
+            contextlib.closing(GroupRun(executor, FetchGroup(settings), _planned(planner, items), count=count))
+        )
+        yield from run
 
 
-@dataclass
-class GroupSizer:
-    """Say how many files make a group, from how long the last groups took.
-
-    Attributes:
-        smallest: Files in a group at least: as many as a worker transfers at once. So many has the first.
-        largest: Files in a group at most, whatever ``smallest`` says: each worker is to have some of a short input.
-    """
-
-    smallest: int
-    largest: int = _LONGEST_GROUP
-    _size: int = 0
-
-    @property
-    def size(self) -> int:
-        """Files in the next group."""
-        return min(max(self._size, self.smallest), self.largest)
-
-    def learn(self, files: int, seconds: float) -> None:
-        """Take note of a finished group.
-
-        Args:
-            files: How many it had.
-            seconds: How long a worker was busy with it.
-        """
-        if files < self.smallest:
-            return  # the end of the input tells nothing
-        ideal = files * _GROUP_SECONDS / max(seconds, 1e-3)
-        self._size = int(min(max(ideal, self.size / 4), self.size * 4))
+def _planned(
+    planner: Planner, items: Iterable[str | Mapping[str, Any] | DownloadItem]
+) -> Iterator[PlannedItem | DownloadResult]:
+    """Give each item its place; an item without one has failed."""
+    return (_placed(planner, index, item) for index, item in enumerate(items))
 
 
-@dataclass
-class _Group:
-    """Files in a worker's hands."""
-
-    items: list[PlannedItem]
-    tries: int = 1
-    begun: float = field(default=0.0)
-
-
-class _Run:
-    """Carry groups between the planner and the executor; everything happens in the consumer's thread."""
-
-    def __init__(self, executor: Executor, fetch: FetchGroup, planner: Planner) -> None:
-        self._executor = executor
-        self._fetch = fetch
-        self._planner = planner
-        self._sizer = GroupSizer(fetch.settings.curl.connections)
-        self._window = _GROUPS_PER_WORKER * worker_count(executor)
-        self._in_flight: dict[Future[Any], _Group] = {}
-        self._again: deque[_Group] = deque()
-        self._full: StorageFullError | None = None
-
-    def results(self, items: Iterable[str | Mapping[str, Any] | DownloadItem]) -> Iterator[DownloadResult]:
-        numbered = enumerate(items)
-        if isinstance(items, Sized):
-            self._sizer.largest = min(max(len(items) // self._window, 1), _LONGEST_GROUP)
-        try:
-            while True:
-                yield from self._fill(numbered)
-                if not self._in_flight:
-                    break
-                done, _ = wait(self._in_flight, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield from self._take(future)
-        finally:
-            for future in self._in_flight:
-                future.cancel()
-        if self._full is not None:
-            raise self._full
-
-    def _fill(self, numbered: Iterator[tuple[int, Any]]) -> Iterator[DownloadResult]:
-        """Submit what the window has room for; yield the results of items that cannot be fetched at all."""
-        while len(self._in_flight) < self._window and self._full is None:
-            if self._again:
-                group = self._again.popleft()
-            else:
-                group = _Group([])
-                for index, item in itertools.islice(numbered, self._sizer.size):
-                    planned = self._planned(index, item)
-                    if isinstance(planned, PlannedItem):
-                        group.items.append(planned)
-                    else:
-                        yield planned
-                if not group.items:
-                    return
-            self._in_flight[self._executor.submit(self._fetch, group.items)] = group
-
-    def _planned(self, index: int, item: Any) -> PlannedItem | DownloadResult:  # noqa: ANN401 - see download()
-        try:
-            return self._planner.plan(index, item)
-        except TargetPathError as exc:
-            return _failed(index, as_item(item).url, exc)
-
-    def _take(self, future: Future[Any]) -> Iterator[DownloadResult]:
-        group = self._in_flight.pop(future)
-        error = future.exception()
-        if isinstance(error, (TaskError, BrokenExecutor)):
-            yield from self._after_loss(group, error)
-        elif error is not None:
-            raise error
-        else:
-            fetched: FetchedGroup = future.result()
-            self._sizer.learn(len(fetched.results), fetched.seconds)
-            for result in fetched.results:
-                if isinstance(result.error, StorageFullError):
-                    self._full = result.error
-                yield result
-
-    def _after_loss(self, group: _Group, error: Exception) -> Iterator[DownloadResult]:
-        """Try a group again whose worker died; then in halves, until one file is left that kills its worker."""
-        if group.tries < _MOST_TRIES:
-            self._again.append(_Group(group.items, group.tries + 1))
-        elif len(group.items) > 1:
-            middle = len(group.items) // 2
-            self._again.extend(_Group(half, group.tries) for half in (group.items[:middle], group.items[middle:]))
-        else:
-            [planned] = group.items
-            yield _failed(planned.number, planned.item.url, error)
-
-
-def _failed(index: int, url: str, error: Exception) -> DownloadResult:
-    return DownloadResult(index, url, None, "failed", 0, 0, 0, 0.0, error)
+def _placed(
+    planner: Planner, index: int, item: str | Mapping[str, Any] | DownloadItem
+) -> PlannedItem | DownloadResult:
+    try:
+        return planner.plan(index, item)
+    except TargetPathError as exc:
+        return unfetched(index, as_item(item).url, exc)

@@ -145,8 +145,12 @@ class Engine(Protocol):
     def prepare(self, fn: Callable[..., Any]) -> Any:  # noqa: ANN401 - the engine's own form of a function
         """Return what stands for a function in tasks; pickled once where that is needed."""
 
-    def submit(self, task: Task) -> Future[Any]:
+    def submit(self, task: Task, future: Future[Any] | None = None) -> Future[Any]:
         """Run a task; errors of pickling are the future's too.
+
+        Args:
+            task: The task.
+            future: What gets its end; None makes one.
 
         Raises:
             RuntimeError: The engine is shut down.

@@ -138,9 +138,9 @@ class Crew:
             raise UnpicklableError("function", shortened(fn), f"{type(exc).__name__}: {exc}") from exc  # noqa: EM101 - a field
         return PackedFunction(hashlib.blake2b(pickled, digest_size=16).digest(), pickled)
 
-    def submit(self, task: Task) -> Future[Any]:
+    def submit(self, task: Task, future: Future[Any] | None = None) -> Future[Any]:
         """Send a task to an idle worker, or queue it."""
-        future: Future[Any] = Future()
+        future = Future() if future is None else future
         kind, content = Kind.CALL, cast("object", (task.args, task.kwargs))
         if task.batch:
             kind, content = (Kind.BATCH_STAR if task.star else Kind.BATCH), task.args

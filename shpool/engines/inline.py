@@ -59,12 +59,12 @@ class Inline:
         """Return the function as it is."""
         return fn
 
-    def submit(self, task: Task) -> Future[Any]:
+    def submit(self, task: Task, future: Future[Any] | None = None) -> Future[Any]:
         """Run the task now; the future is done when this returns."""
         if self.has_ended:
             msg = "cannot schedule new futures after shutdown"
             raise RuntimeError(msg)
-        future: Future[Any] = Future()
+        future = Future() if future is None else future
         future.set_running_or_notify_cancel()
         run = functools.partial(self._run_batch if task.batch else self._run, task)
         with _turn:
