@@ -17,13 +17,8 @@ if TYPE_CHECKING:
     from shpool.errors import ShpoolError, SHUserWarning
     from shpool.pool import AuthenticatedProcessPool
     from shpool.session import OAuthSession, SentinelHubSession
-    from shpool.sharing import (
-        SessionSharing,
-        SessionSharingThread,
-        SharedSession,
-        collect_shared_session,
-        current_session,
-    )
+    from shpool.shared import SharedSession, collect_shared_session, current_session
+    from shpool.sharing import SessionSharing, SessionSharingThread
 
 __version__ = "0.1.0"
 
@@ -54,10 +49,10 @@ _HOMES = {
     "SentinelHubSession": "shpool.session",
     "SessionSharing": "shpool.sharing",
     "SessionSharingThread": "shpool.sharing",
-    "SharedSession": "shpool.sharing",
+    "SharedSession": "shpool.shared",
     "ShpoolError": "shpool.errors",
-    "collect_shared_session": "shpool.sharing",
-    "current_session": "shpool.sharing",
+    "collect_shared_session": "shpool.shared",
+    "current_session": "shpool.shared",
     "download": "shpool.downloads",
 }
 

@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shpool.sharing import current_session
+from shpool.shared import current_session
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -258,6 +258,11 @@ def descriptors(_: object = None) -> dict[int, str]:
 
 def access_token(_: object = None) -> str:
     return current_session().token.access_token
+
+
+def report_refused(generation: int) -> None:
+    """Say that a server refused the token of this generation."""
+    current_session().report_refused(generation)
 
 
 def fetch(url: str) -> bytes:

@@ -87,7 +87,7 @@ class FetchGroup:
         """
         holder: TokenHolder | None = None
         if self.settings.authenticated:
-            from shpool.sharing import current_session
+            from shpool.shared import current_session
 
             holder = current_session()
         begun = time.monotonic()

@@ -107,9 +107,7 @@ def _planned(
     return (_placed(planner, index, item) for index, item in enumerate(items))
 
 
-def _placed(
-    planner: Planner, index: int, item: str | Mapping[str, Any] | DownloadItem
-) -> PlannedItem | DownloadResult:
+def _placed(planner: Planner, index: int, item: str | Mapping[str, Any] | DownloadItem) -> PlannedItem | DownloadResult:
     try:
         return planner.plan(index, item)
     except TargetPathError as exc:

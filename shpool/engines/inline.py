@@ -13,7 +13,7 @@ from shpool.channels import BoardChannel
 from shpool.engines.base import BatchResult, Tally, WorkerSetup
 from shpool.errors import InitializerError
 from shpool.retry import carry_attempts, summary_of
-from shpool.sharing import SharedSession, adopt_session
+from shpool.shared import SharedSession, adopt_session
 from shpool.worker import call_each, load_error
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shpool.errors import UnpicklableError
 from shpool.logs import relay
-from shpool.sharing import SharedSession, adopt_session
+from shpool.shared import SharedSession, adopt_session
 from shpool.worker import call, call_each, dump, dump_each, dump_error, load
 
 if TYPE_CHECKING:

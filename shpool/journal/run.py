@@ -67,8 +67,8 @@ class RunFile:
         """Write rows and return once they are durable; from any thread, one at a time."""
         with translated(self._path):
             with transaction(self._connection):
+                write_jobs(self._connection, batch.ended, ended=True)  # most of them were begun before the others
                 write_jobs(self._connection, tuple(batch.begun.values()), ended=False)
-                write_jobs(self._connection, batch.ended, ended=True)
                 self._connection.execute(WRITE_RUN, run_row(run))
             if self._identities() != self._identity:
                 reason = "it was removed or replaced during the run"

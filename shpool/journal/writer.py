@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
     from shpool.journal.rows import JobRow
 
-_COMMIT_SECONDS = 0.1  # s a row waits for others at most: ten waits for the disk a second are lost in any run's time
+_COMMIT_SECONDS = 0.1  # s a row waits for others: ten waits for the disk a second are lost in any run's time
+_MANY_ENDS = 25  # in a batch: from 250 a second on they wait so long, ends that come one by one hardly at all
 _BATCH_ROWS = 2000  # rows that are written at once; more of them make a row no cheaper (run: 2,000 against 20,000)
 _BATCH_BYTES = 4 * 2**20  # of text in them, which bounds memory where results are large
 _BACKLOG = 2  # batches that may gather while one is being written; then whoever brings more waits for the disk
@@ -61,6 +62,7 @@ class BatchWriter:
         self._is_saving = False
         self._is_closing = False
         self._is_told = False  # the failure was raised to somebody
+        self._lately = 0  # ends in the last batch
         self.failure: Exception | None = None
         self._thread = threading.Thread(target=self._write_loop, name="shpool-journal", daemon=True)
         self._thread.start()
@@ -100,7 +102,7 @@ class BatchWriter:
         was_empty = not self._is_changed
         self._is_changed = True
         self._gathering.weight += weight
-        if was_empty or self._gathering.is_beyond(1):
+        if was_empty or len(self._gathering.ended) == 1 or self._gathering.is_beyond(1):
             self._work.notify()
 
     def flush(self) -> None:
@@ -142,14 +144,20 @@ class BatchWriter:
                 self._room.notify_all()
 
     def _next_batch(self) -> Batch | None:
-        """Wait for rows, and a little longer for more of them; None is the end."""
+        """Wait for rows, and a little longer for more of them; None is the end.
+
+        A kill costs what runs, and what has ended and is not written yet. So ends wait the less for others, the
+        fewer of them there were lately, and beginnings alone wait longest.
+        """
         with self.lock:
             while not self._is_changed:
                 if self._is_closing:
                     return None
                 self._work.wait()
-            self._work.wait_for(self._is_due, _COMMIT_SECONDS)
+            self._work.wait_for(lambda: self._gathering.ended or self._is_due(), _COMMIT_SECONDS)
+            self._work.wait_for(self._is_due, _COMMIT_SECONDS * min(self._lately / _MANY_ENDS, 1.0))
             batch, self._gathering = self._gathering, Batch()
+            self._lately = len(batch.ended)
             self._is_changed = False
             self._is_saving = True
             return batch

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from shpool.errors import ShellJobError, ShellTimeoutError
 from shpool.redaction import MASK, SECRET_VARIABLES
-from shpool.sharing import current_session
+from shpool.shared import current_session
 from shpool.shell.command import run_command
 from shpool.shell.template import LONGEST_COMMAND, check_fields, fill, parse, refuse
 

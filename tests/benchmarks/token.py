@@ -21,7 +21,7 @@ import timeit
 import warnings
 
 from shpool import SessionSharing, SharedSession, collect_shared_session, current_session
-from shpool.sharing import adopt_session
+from shpool.shared import adopt_session
 
 _ROUNDS = 40  # short ones: on a busy machine some of them run undisturbed
 _BUDGET = 200.0  # ns: DESIGN's budget for a steady-state read
