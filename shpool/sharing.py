@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from shpool.retry import RetryAfterUnit
     from shpool.sources import Session
 
-ATTEMPT_WITHIN = 20.0  # s for one login, whatever it does: short against the wait of readers, long against its own timeouts
+ATTEMPT_WITHIN = 20.0  # s for one login, whatever it does: less than readers wait, more than its own timeouts
 
 
 class SharingThread(threading.Thread):

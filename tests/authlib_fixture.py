@@ -50,7 +50,7 @@ class AuthlibServer:
 
     def _call(self, path: str, method: str = "GET") -> dict[str, int]:
         request = urllib.request.Request(f"{self.base_url}{path}", method=method)
-        with _NO_PROXY.open(request, timeout=10) as response:
+        with _NO_PROXY.open(request, timeout=30) as response:
             answer: dict[str, int] = json.load(response)
             return answer
 
@@ -58,13 +58,13 @@ class AuthlibServer:
 class StartAuthlibServer(Protocol):
     """What the factory fixture hands to tests."""
 
-    def __call__(self, lifetime: int = 3600) -> AuthlibServer: ...
+    def __call__(self, lifetime: int = 3600, leeway: float = 0.0) -> AuthlibServer: ...
 
 
 @contextlib.contextmanager
-def run_authlib_server(lifetime: int = 3600) -> Iterator[AuthlibServer]:
+def run_authlib_server(lifetime: int = 3600, leeway: float = 0.0) -> Iterator[AuthlibServer]:
     """Run the server for the time of a ``with`` block; it ends by itself should this process die."""
-    command = [sys.executable, str(_SCRIPT), "--lifetime", str(lifetime)]
+    command = [sys.executable, str(_SCRIPT), "--lifetime", str(lifetime), "--leeway", str(leeway)]
     command += ["--client-id", _CLIENT_ID, "--client-secret-from-env", _SECRET_VARIABLE]
     with subprocess.Popen(
         command,
@@ -77,12 +77,12 @@ def run_authlib_server(lifetime: int = 3600) -> Iterator[AuthlibServer]:
         try:
             line = process.stdout.readline()
             if not line:
-                pytest.fail(f"the Authlib server did not start; exit code {process.wait(10)}")
+                pytest.fail(f"the Authlib server did not start; exit code {process.wait(30)}")
             yield AuthlibServer(f"http://127.0.0.1:{json.loads(line)['port']}", _CLIENT_ID, _CLIENT_SECRET)
         finally:
             process.stdin.close()
             try:
-                process.wait(10)
+                process.wait(30)
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise
@@ -100,7 +100,7 @@ def start_authlib_server() -> Iterator[StartAuthlibServer]:
     """A factory of servers that end with the test."""
     with contextlib.ExitStack() as running:
 
-        def start(lifetime: int = 3600) -> AuthlibServer:
-            return running.enter_context(run_authlib_server(lifetime))
+        def start(lifetime: int = 3600, leeway: float = 0.0) -> AuthlibServer:
+            return running.enter_context(run_authlib_server(lifetime, leeway))
 
         yield start

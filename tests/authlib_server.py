@@ -68,7 +68,7 @@ class IssuedToken(TokenMixin):  # type: ignore[misc]  # Authlib ships no types
     client_id: str
     scope: str
     expires_in: int
-    expires_at: float
+    accepted_until: float
 
     def check_client(self, client: ClientMixin) -> bool:
         return bool(client.get_client_id() == self.client_id)
@@ -80,7 +80,7 @@ class IssuedToken(TokenMixin):  # type: ignore[misc]  # Authlib ships no types
         return self.expires_in
 
     def is_expired(self) -> bool:
-        return time.time() >= self.expires_at
+        return time.time() >= self.accepted_until
 
     def is_revoked(self) -> bool:
         return False
@@ -90,16 +90,16 @@ class IssuedToken(TokenMixin):  # type: ignore[misc]  # Authlib ships no types
 class Ledger:
     """What the server has issued and answered."""
 
+    leeway: float = 0.0
     tokens: dict[str, IssuedToken] = field(default_factory=dict)
     logins: int = 0
     unauthorized: int = 0
     served: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)  # guards all of the above
+    lock: threading.Lock = field(default_factory=threading.Lock)  # guards all that is counted above
 
     def issue(self, token: dict[str, Any], client: RegisteredClient) -> None:
-        issued = IssuedToken(
-            client.client_id, token.get("scope", ""), token["expires_in"], time.time() + token["expires_in"]
-        )
+        until = time.time() + token["expires_in"] + self.leeway
+        issued = IssuedToken(client.client_id, token.get("scope", ""), token["expires_in"], until)
         with self.lock:
             self.tokens[token["access_token"]] = issued
             self.logins += 1
@@ -131,9 +131,9 @@ class LedgerValidator(BearerTokenValidator):  # type: ignore[misc]  # Authlib sh
         return self._ledger.tokens.get(token_string)
 
 
-def make_app(client: RegisteredClient, lifetime: int) -> Flask:
+def make_app(client: RegisteredClient, lifetime: int, leeway: float) -> Flask:
     """Build the application: token endpoint, data, counts, revocation."""
-    app, ledger = Flask(__name__), Ledger()
+    app, ledger = Flask(__name__), Ledger(leeway)
     app.config["OAUTH2_TOKEN_EXPIRES_IN"] = {"client_credentials": lifetime}
     server = AuthorizationServer(
         app,
@@ -190,14 +190,14 @@ class Server(ThreadedWSGIServer):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lifetime", type=int, default=3600, help="seconds that a token lives")
+    parser.add_argument("--leeway", type=float, default=0.0, help="seconds that it is accepted beyond its life")
     parser.add_argument("--client-id", required=True)
     parser.add_argument("--client-secret-from-env", required=True, metavar="NAME")
     options = parser.parse_args()
     os.environ["AUTHLIB_INSECURE_TRANSPORT"] = "1"  # this process serves plain http, on loopback only
     logging.disable(logging.CRITICAL)
-    app = make_app(
-        RegisteredClient(options.client_id, os.environ[options.client_secret_from_env]), lifetime=options.lifetime
-    )
+    client = RegisteredClient(options.client_id, os.environ[options.client_secret_from_env])
+    app = make_app(client, options.lifetime, options.leeway)
     server = Server("127.0.0.1", 0, app, handler=KeepAliveHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(json.dumps({"port": server.port}), flush=True)

@@ -51,6 +51,11 @@ class Shell:
         self.env |= {"SH_CLIENT_ID": server.client_id, "SH_CLIENT_SECRET": server.client_secret}
         return ["--token-url", server.token_url]
 
+    def wait_for_logins(self, seconds: float) -> None:
+        """Make the command wait so long for an answer of a token endpoint, instead of its own few seconds."""
+        setting = f"import shpool_cli.credentials\nshpool_cli.credentials._TIMEOUT = ({seconds}, {seconds})\n"
+        self._script.write_text(_SCRIPT.replace("if __name__", f"{setting}if __name__"))
+
     def run(self, *args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         with self.start(*args) as process:
             stdout, stderr = process.communicate(stdin, timeout=PATIENCE)

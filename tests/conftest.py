@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 from authlib_fixture import authlib_server, start_authlib_server
+from hypothesis import HealthCheck, settings
 
 from shpool.board import MAGIC
 from shpool.testing import FakeClock, LoopbackServer
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["authlib_server", "start_authlib_server"]
 
-_PATIENCE = float(os.environ.get("SHPOOL_TEST_PATIENCE", "3"))  # s that processes and threads get to end after a test
+# How fast examples are made and run is no property of the code: a busy machine makes any of them slow.
+settings.register_profile("patient", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
+
+_PATIENCE = 30.0  # s that processes and threads get to end after a test
 _SHARED_MEMORY = Path("/dev/shm")
 _DESCRIPTORS = Path("/proc/self/fd")
 _numbers = itertools.count(1)

@@ -17,7 +17,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from multiprocessing.reduction import DupFd
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from patience import NEVER, in_time
 
 from shpool.board import (
     CLOSED,
@@ -145,7 +145,7 @@ def abandoned(name: str, env: dict[str, str], *, reap: bool = True) -> Iterator[
 # Rules 1 to 7: layout and reading
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(payloads=st.lists(st.binary(max_size=3000), min_size=1, max_size=5))
 @example(payloads=[bytes(LARGEST_PAYLOAD), b"", b"x" * LARGEST_PAYLOAD])
 def test_what_is_posted_last_is_what_is_read(payloads: list[bytes]) -> None:
@@ -648,19 +648,14 @@ def test_map_of_a_reader_cannot_be_written(named: Board) -> None:
 # Rule 10, and whatever else may stand under a name
 
 
-@contextlib.contextmanager
-def within(seconds: float) -> Iterator[None]:
-    begun = time.monotonic()
-    yield
-    assert time.monotonic() - begun < seconds
-
-
 def both_refuse(name: str, kind: type[BoardError], match: str | None = None) -> None:
-    """Check that neither readers nor owners accept a name, and say so at once."""
-    for function in (attach_named, named_board):
-        with within(2.0), pytest.raises(kind, match=match) as caught:
-            function(name)
-        assert caught.value.name == name
+    """Check that neither readers nor owners accept a name, and say so without waiting for its completion."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shpool.board._COMPLETE_WITHIN", NEVER)
+        for function in (attach_named, named_board):
+            with pytest.raises(kind, match=match) as caught:
+                in_time(function, name)
+            assert caught.value.name == name
 
 
 def test_unknown_name_is_not_found(memory_name: str) -> None:
@@ -701,10 +696,10 @@ def test_segment_that_is_never_completed_is_refused_by_readers_and_taken_over_by
     path = _SHM / memory_name
     path.touch(mode=0o600)
     os.truncate(path, size)
-    with within(2.0), pytest.raises(BoardLayoutError, match="never completed"):
-        attach_named(memory_name)
-    with within(2.0), pytest.warns(SHUserWarning, match="took over"):
-        board = named_board(memory_name)
+    with pytest.raises(BoardLayoutError, match="never completed"):
+        in_time(attach_named, memory_name)
+    with pytest.warns(SHUserWarning, match="took over"):
+        board = in_time(named_board, memory_name)
     board.close()
 
 
@@ -784,7 +779,7 @@ except PermissionError:
 def test_another_user_can_neither_read_nor_take_nor_report(named: Board, child_env: dict[str, str]) -> None:
     """Defect 11, seen from the other user."""
     named.post(b"secret", 1.0)
-    with contextlib.closing(ReportBox(named.name, create=True)) as box, within(4.0):
+    with contextlib.closing(ReportBox(named.name, create=True)) as box:
         told = run_python(_AS_NOBODY + _TRY, child_env, named.name).split()
         assert told == ["ForeignBoardError"] * 4 + ["False", "stays"]
         assert box.newest() == 0

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from patience import NEVER, PATIENCE, until
 from pool_tasks import (
     Unpicklable,
     add,
@@ -64,16 +65,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.slow  # worker processes take a quarter of a second to start
-
-PATIENCE = 30.0  # s
-
-
-def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
-    """Return once the condition holds; fail the test if it does not come to."""
-    give_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < give_up, "this never came true"
-        time.sleep(0.005)
 
 
 def is_gone(process_id: int) -> bool:
@@ -344,15 +335,23 @@ def test_a_worker_that_dies_while_it_is_sent_a_task_costs_nothing() -> None:
 
 def test_a_task_whose_sending_kills_every_worker_fails_in_the_end() -> None:
     """The reading itself may be what kills; it must not be tried for ever."""
-    with running(1) as crew:
-        (victim,) = ready(crew)
-        os.kill(victim, signal.SIGSTOP)
-        future = submit(crew, len, bytes(200_000_000))
-        os.kill(victim, signal.SIGKILL)
-        until(lambda: [member.pid for member in list(crew._members.values()) if member.flights] not in ([], [victim]))
-        os.kill(crew.pids[0], signal.SIGKILL)
-        with pytest.raises(WorkerLostError):
-            future.result(PATIENCE)
+    for _ in range(10):
+        with running(1) as crew:
+            (victim,) = ready(crew)
+            os.kill(victim, signal.SIGSTOP)
+            future = submit(crew, len, bytes(200_000_000))
+            os.kill(victim, signal.SIGKILL)
+            until(functools.partial(_another_has_work, crew, victim))
+            for reader in crew.pids:
+                os.kill(reader, signal.SIGKILL)
+            error = future.exception(PATIENCE)
+        if error is not None:
+            break  # else this test was so slow that the second worker had read it all
+    assert isinstance(error, WorkerLostError)
+
+
+def _another_has_work(crew: Crew, victim: int) -> bool:
+    return [member.pid for member in list(crew._members.values()) if member.flights] not in ([], [victim])
 
 
 def test_a_timeout_counts_while_the_task_is_still_being_sent() -> None:
@@ -418,7 +417,7 @@ def test_a_timeout_stops_its_task_alone(tmp_path: Path) -> None:
     with running(2) as crew:
         cue = str(tmp_path / "cue")
         innocent = submit(crew, wait_for, cue)
-        late = submit(crew, slow_pid, 600, timeout=0.2)
+        late = submit(crew, slow_pid, NEVER, timeout=0.2)
         behind = [submit(crew, double, number, timeout=PATIENCE) for number in range(5)]
         with pytest.raises(TaskTimeoutError, match=r"slow_pid ran longer than 0.2 s"):
             late.result(PATIENCE)
@@ -432,8 +431,8 @@ def test_time_in_the_queue_is_not_counted(tmp_path: Path) -> None:
     with running(1) as crew:
         cue = tmp_path / "cue"
         first = submit(crew, wait_for, str(cue))
-        queued = [submit(crew, double, number, timeout=0.5) for number in range(3)]
-        time.sleep(0.7)  # longer than the timeout of what is queued
+        queued = [submit(crew, double, number, timeout=6.0) for number in range(3)]
+        time.sleep(6.5)  # longer than the timeout of what is queued, which is longer than a machine may stall
         cue.touch()
         assert first.result(PATIENCE)
         assert [future.result(PATIENCE) for future in queued] == [0, 2, 4]
@@ -445,8 +444,8 @@ def test_time_behind_a_batch_at_the_same_worker_is_not_counted() -> None:
         ready(crew)
         for number in range(50):
             result(crew, double, number)
-        batch = crew.submit(Task(crew.prepare(time.sleep), [0.4, 0.4], batch=True))
-        behind = submit(crew, double, 1, timeout=0.5)
+        batch = crew.submit(Task(crew.prepare(time.sleep), [3.5, 3.5], batch=True))
+        behind = submit(crew, double, 1, timeout=6.0)
         assert behind.result(PATIENCE) == 2
         assert batch.done()
         assert crew.tally.workers_lost == 0
@@ -455,15 +454,17 @@ def test_time_behind_a_batch_at_the_same_worker_is_not_counted() -> None:
 def test_a_timed_out_task_with_retries_runs_again(tmp_path: Path) -> None:
     with running(1) as crew:
         ready(crew)
-        assert submit(crew, hang_once, str(tmp_path), 5, retries=1, timeout=1.0).result(PATIENCE) == 5
-        assert (crew.tally.retried, crew.tally.workers_lost, crew.tally.failed) == (1, 1, 0)
+        # So many retries for a machine that stalls during the second attempt.
+        assert submit(crew, hang_once, str(tmp_path), 5, retries=9, timeout=1.0).result(PATIENCE) == 5
+        assert crew.tally.retried == crew.tally.workers_lost >= 1
+        assert crew.tally.failed == 0
 
 
 def test_every_task_of_a_timed_map_has_its_own_time(tmp_path: Path) -> None:
-    """Ten tasks of 0.15 s on one worker with a limit of 1 s: together they take longer."""
+    """Eight tasks of 1 s on one worker with a limit of 7 s: together they take longer."""
     with running(1) as crew:
         ready(crew)
-        assert len(list(mapped(crew, slow_pid, [0.15] * 10, task_timeout=1.0))) == 10
+        assert len(list(mapped(crew, slow_pid, [1.0] * 8, task_timeout=7.0))) == 8
         assert crew.tally.workers_lost == 0
 
 
@@ -546,7 +547,7 @@ def test_cancelling_shutdown_finishes_what_runs_and_cancels_the_rest(tmp_path: P
         until((tmp_path / "a").exists)
         crew.shutdown(cancel=True)
         assert all(future.cancelled() for future in queued)
-        assert not wait(queued, 1, ALL_COMPLETED).not_done
+        assert not wait(queued, PATIENCE, ALL_COMPLETED).not_done
         (tmp_path / "cue").touch()
         assert first.result(PATIENCE)
         assert crew.join(PATIENCE)
@@ -557,10 +558,8 @@ def test_killing_shutdown_stops_what_runs(tmp_path: Path) -> None:
         futures = [submit(crew, begin_and_wait, str(tmp_path / name), str(tmp_path / "never")) for name in "ab"]
         queued = submit(crew, double, 1)
         until(lambda: (tmp_path / "a").exists() and (tmp_path / "b").exists())
-        begun = time.monotonic()
         crew.shutdown(kill=True)
         assert crew.join(PATIENCE)
-        assert time.monotonic() - begun < 2
         assert queued.cancelled()
         for future in futures:
             with pytest.raises(TaskTerminatedError):
@@ -573,8 +572,7 @@ def test_no_future_is_left_waiting_however_the_end_comes(tmp_path: Path) -> None
         with running(2) as crew:
             deadly: Callable[[int], object] = die
             futures = [submit(crew, double if number % 3 else deadly, number, retries=turn % 2) for number in range(30)]
-            while not crew.tally.workers_lost:
-                time.sleep(0.001)
+            until(lambda: crew.tally.workers_lost)
             crew.shutdown(kill=True)
             assert crew.join(PATIENCE)
             assert all(future.done() for future in futures)
@@ -640,34 +638,53 @@ def test_a_system_without_free_descriptors_is_asked_again_slowly(caplog: pytest.
     """A crew of 20 where only a few fit: it works with those, and neither spins nor floods the log."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(list(Path("/proc/self/fd").iterdir()))
+
+    def warned() -> list[logging.LogRecord]:
+        return [record for record in caplog.records if "cannot be started" in record.message]
+
     with running(20) as crew, caplog.at_level(logging.WARNING, logger="shpool.engines.crew"):
         resource.setrlimit(resource.RLIMIT_NOFILE, (used + 30, hard))
         try:
-            until(lambda: any("cannot be started" in record.message for record in caplog.records))
+            until(warned)
             assert 1 <= len(crew.pids) < 20
             assert result(crew, double, 4) == 8
-            before, told = time.thread_time(), len(caplog.records)
-            time.sleep(0.5)
-            assert len(caplog.records) - told <= 1
-            assert time.thread_time() - before < 0.25
+            naps, told = counted_naps(crew), len(warned())
+            until(lambda: len(warned()) >= told + 2)
+            moments = [record.created for record in warned()]
+            assert all(later - sooner > 0.9 for sooner, later in itertools.pairwise(moments)), "a second apart"
+            assert len(naps) < 10 * (len(moments) - told), "a loop that spins naps thousands of times"
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         until(lambda: len(crew.pids) == 20)
 
 
-def test_what_waits_behind_a_long_call_goes_to_an_idle_worker() -> None:
+def counted_naps(crew: Crew) -> list[float]:
+    """Return what grows by one each time the crew's loop goes to sleep."""
+    naps: list[float] = []
+    length_of_nap = crew._nap_ms
+
+    def counting() -> float:
+        naps.append(length_of_nap())
+        return naps[-1]
+
+    crew._nap_ms = counting  # type: ignore[method-assign]  # looked up at each turn of the loop
+    return naps
+
+
+def test_what_waits_behind_a_long_call_goes_to_an_idle_worker(tmp_path: Path) -> None:
     """Tiny calls travel many at a time; when one of them turns out long, those behind it are called back."""
+    cue = tmp_path / "cue"
     with running(2) as crew:
         ready(crew)
-        fn = crew.prepare(time.sleep)
-        for future in [crew.submit(Task(fn, (0,))) for _ in range(2000)]:
-            future.result(10)
-        began = time.monotonic()
-        futures = [crew.submit(Task(fn, (3.0 if index == 100 else 0,))) for index in range(2000)]
-        done = [future.result(10) for index, future in enumerate(futures) if index != 100]
+        fn = crew.prepare(wait_for)
+        for future in [crew.submit(Task(fn, (os.devnull,))) for _ in range(2000)]:
+            future.result(PATIENCE)
+        futures = [crew.submit(Task(fn, (str(cue) if index == 100 else os.devnull,))) for index in range(2000)]
+        done, _ = wait([future for index, future in enumerate(futures) if index != 100], PATIENCE)
         assert len(done) == 1999
-        assert time.monotonic() - began < 2.5
-        assert futures[100].result(10) is None
+        assert not futures[100].done()
+        cue.touch()
+        assert futures[100].result(PATIENCE)
 
 
 # Forks of the parent
@@ -715,7 +732,9 @@ def test_forks_while_workers_are_launched_keep_no_lifeline_open() -> None:
     children = []
     try:
         with running(8) as crew:
-            while len(crew.pids) < 8:
+            for _ in range(100):  # some before, some between and some after the launches, however slow they are
+                if len(crew.pids) == 8:
+                    break
                 child = os.fork()
                 if child == 0:
                     signal.pause()
@@ -772,16 +791,22 @@ def test_a_task_sent_ahead_can_be_terminated_without_harm_to_the_one_before_it(t
     """It is called back from the worker, which goes on."""
     with running(1) as crew:
         ready(crew)
-        for number in range(50):  # so that calls of this function are known to be tiny
-            assert result(crew, begin_and_wait_or_double, "", "", number) == 2 * number
-        before = submit(crew, begin_and_wait_or_double, str(tmp_path / "begun"), str(tmp_path / "cue"), 1)
-        ahead = submit(crew, begin_and_wait_or_double, "", "", 2)
-        after = submit(crew, begin_and_wait_or_double, "", "", 3)
-        until((tmp_path / "begun").exists)
+        for attempt in range(100):  # nothing is sent ahead where the machine is slow at that moment
+            begun, cue = tmp_path / f"begun-{attempt}", tmp_path / f"cue-{attempt}"
+            for number in range(50):  # so that calls of this function are known to be tiny
+                assert result(crew, begin_and_wait_or_double, "", "", number) == 2 * number
+            before = submit(crew, begin_and_wait_or_double, str(begun), str(cue), 1)
+            ahead = submit(crew, begin_and_wait_or_double, "", "", 2)
+            after = submit(crew, begin_and_wait_or_double, "", "", 3)
+            until(begun.exists)
+            if ahead.running():
+                break
+            cue.touch()
+            wait([before, ahead, after], PATIENCE)
         assert ahead.running()
         assert crew.terminate(ahead)
         assert isinstance(ahead.exception(PATIENCE), TaskTerminatedError)
-        (tmp_path / "cue").touch()
+        cue.touch()
         assert [before.result(PATIENCE), after.result(PATIENCE)] == [2, 6]
         assert crew.tally.workers_lost == 0
 

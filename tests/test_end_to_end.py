@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from cli_shell import Shell, records
+from patience import LEEWAY
 
 from shpool import AuthenticatedProcessPool, OAuthSession, current_session
 
@@ -42,7 +43,7 @@ def test_a_batch_of_a_thousand_jobs_outlives_its_tokens(
     tmp_path: Path, start_authlib_server: StartAuthlibServer, child_env: dict[str, str]
 ) -> None:
     """One login per lifetime by the server's own count, and no request it refused."""
-    server = start_authlib_server(lifetime=3)
+    server = start_authlib_server(lifetime=3, leeway=LEEWAY)  # for machines that stall amid a request
     shell = Shell(tmp_path, child_env | {"SH_CLIENT_ID": server.client_id, "SH_CLIENT_SECRET": server.client_secret})
     shell.write("jobs.py", FETCH)
     shell.write("urls.txt", "".join(f"{server.data_url(n)}\n" for n in range(1000)))
@@ -54,7 +55,9 @@ def test_a_batch_of_a_thousand_jobs_outlives_its_tokens(
     assert [record["index"] for record in results] == list(range(1000))
     assert {record["status"] for record in results} == {"done"}
     counts = server.stats()
-    assert counts["logins"] <= seconds / 3 + 2
+    assert counts["logins"] >= 2, "the jobs take 5 s at least"
+    earliest_refresh = 3 - 0.6 * 0.75  # s: 60 % of the window before its end, which is a quarter of the lifetime
+    assert counts["logins"] <= seconds / earliest_refresh + 2
     assert counts["unauthorized"] == 0
     told = json.loads(done.stderr.splitlines()[-1])["logins"]
     assert told in {counts["logins"], counts["logins"] - 1}, "one more may have been under way at the end"

@@ -733,6 +733,7 @@ def test_like_errors_are_one_kind_with_an_example(path: Path) -> None:
         ("GET https://a.example/v1/0071 gave 503\nmore", "GET https://a.example/v#/# gave #"),
         ("commit 3fa85f64f00dcafe is a decade old", "commit # is a decade old"),
         ("0x7f3a2b1c4d5e", "#"),
+        ("id 3FA85F64-5717-4562-B3FC-2C963F66AFA6 at 0X7F3A2B1C, layer B8A", "id # at #, layer B#A"),
         ("no data", "no data"),
         ("", ""),
     ],

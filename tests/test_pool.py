@@ -12,12 +12,14 @@ import sys
 import textwrap
 import threading
 import time
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from patience import NEVER, PATIENCE, in_time, until
 from pool_tasks import (
     access_token,
     add,
@@ -29,6 +31,7 @@ from pool_tasks import (
     initialised,
     meet,
     refuse_to_start,
+    report_refused,
     run_python,
     slow_pid,
 )
@@ -53,8 +56,6 @@ if TYPE_CHECKING:
 
     from authlib_fixture import AuthlibServer
 
-PATIENCE = 30.0  # s
-SLOWNESS = float(os.environ.get("SHPOOL_TEST_PATIENCE", "3")) / 3  # of the machine, against an idle one
 SHARED_MEMORY = Path("/dev/shm")
 
 slow = pytest.mark.slow  # worker processes take a quarter of a second to start
@@ -62,14 +63,6 @@ slow = pytest.mark.slow  # worker processes take a quarter of a second to start
 
 def session_at(server: LoopbackServer, **kwargs: Any) -> OAuthSession:
     return OAuthSession(server.token_url, server.client_id, server.client_secret, **kwargs)
-
-
-def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
-    """Return once the condition holds; fail the test if it does not come to."""
-    give_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < give_up, "this never came true"
-        time.sleep(0.005)
 
 
 def is_gone(pid: int) -> bool:
@@ -203,12 +196,17 @@ def test_a_login_that_fails_is_raised_at_the_first_submit(server: LoopbackServer
 
 
 @slow
-def test_workers_follow_the_token_when_it_is_renewed() -> None:
-    with LoopbackServer(lifetime=1.0) as server, AuthenticatedProcessPool(session_at(server), 2) as pool:
+def test_workers_follow_the_token_when_it_is_renewed(server: LoopbackServer) -> None:
+    with AuthenticatedProcessPool(session_at(server), 2) as pool:
         first = pool.submit(access_token).result(PATIENCE)
-        until(lambda: pool.submit(access_token).result(PATIENCE) != first)
-        assert pool.submit(fetch, server.data_url(1, 10)).result(PATIENCE) == tile_bytes(1, 10)
-        assert pool.stats().generation >= 2
+        server.lifetime = 1.0
+        pool.submit(report_refused, 1).result(PATIENCE)
+        until(lambda: pool.stats().generation > 1)
+        server.lifetime = 3600.0
+        until(lambda: (pool.stats().token_remaining or 0.0) > 1.0)
+        assert server.logins >= 3, "one at the start, one that was asked for, and one because the token was short-lived"
+        assert pool.submit(access_token).result(PATIENCE) != first
+        assert json.loads(pool.submit(fetch, f"{server.base_url}/whoami").result(PATIENCE))["number"] == server.logins
         assert server.unauthorized == 0
 
 
@@ -344,19 +342,16 @@ def test_an_exit_from_the_block_stops_what_runs(
     server: LoopbackServer, tmp_path: Path, kind: type[BaseException]
 ) -> None:
     futures: list[Future[int]] = []
-    raised = []
 
     def work() -> None:
         with AuthenticatedProcessPool(session_at(server), 1) as pool:
             futures.append(pool.submit(begin_and_wait, str(tmp_path / "begun"), "never"))
             futures.append(pool.submit(double, 1))
             until((tmp_path / "begun").exists)
-            raised.append(time.monotonic())
             raise kind
 
     with pytest.raises(kind):
         work()
-    assert time.monotonic() - raised[0] < 1.5 * SLOWNESS
     assert isinstance(futures[0].exception(0), TaskTerminatedError)
     assert futures[1].cancelled()
 
@@ -366,9 +361,7 @@ def test_terminate_stops_what_runs(server: LoopbackServer, tmp_path: Path) -> No
     pool = AuthenticatedProcessPool(session_at(server), 1)
     future = pool.submit(begin_and_wait, str(tmp_path / "begun"), "never")
     until((tmp_path / "begun").exists)
-    begun = time.monotonic()
     pool.terminate()
-    assert time.monotonic() - begun < 1.5 * SLOWNESS
     assert isinstance(future.exception(0), TaskTerminatedError)
     assert pool.stats().state == "closed"
 
@@ -400,7 +393,7 @@ def test_a_view_ends_its_pool(server: LoopbackServer) -> None:
 @slow
 def test_a_view_has_its_own_timeout(server: LoopbackServer) -> None:
     with AuthenticatedProcessPool(session_at(server), 2) as pool:
-        late = pool.options(timeout=0.2).submit(slow_pid, 60)
+        late = pool.options(timeout=0.2).submit(slow_pid, NEVER)
         assert pool.submit(slow_pid, 0.4).result(PATIENCE)
         with pytest.raises(TaskTimeoutError):
             late.result(PATIENCE)
@@ -468,15 +461,19 @@ class _Closing:
 
 
 @slow
-def test_a_hanging_token_endpoint_does_not_keep_the_end_waiting() -> None:
-    with LoopbackServer(lifetime=1.0) as server, AuthenticatedProcessPool(session_at(server), 1) as pool:
+def test_a_hanging_token_endpoint_does_not_keep_the_end_waiting(
+    server: LoopbackServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shpool.sharing.ATTEMPT_WITHIN", NEVER)  # nor does anything else end the login
+    with AuthenticatedProcessPool(session_at(server, timeout=(NEVER, NEVER)), 1) as pool:
         pool.submit(double, 1).result(PATIENCE)
         server.hang()
-        until(lambda: pool.stats().token_state != "fresh")
-        begun = time.monotonic()
-        pool.shutdown()
-        assert time.monotonic() - begun < 2
-        server.hang(False)
+        pool.submit(report_refused, 1).result(PATIENCE)
+        until(lambda: any(thread.name == "shpool-login" for thread in threading.enumerate()))
+        try:
+            in_time(pool.shutdown)
+        finally:
+            server.hang(False)
 
 
 # Scripts, each in an interpreter of its own
@@ -495,6 +492,7 @@ class Script:
 
     process: subprocess.Popen[str]
     output: IO[str]
+    seen: set[int] = field(default_factory=set)  # its workers, as far as a test asked for them
 
     @property
     def pid(self) -> int:
@@ -509,7 +507,9 @@ class Script:
     def workers(self, count: int) -> set[int]:
         """Return its workers once there are so many."""
         until(lambda: len(workers_of(self.pid)) == count)
-        return workers_of(self.pid)
+        found = workers_of(self.pid)
+        self.seen |= found
+        return found
 
     def end(self, seconds: float = PATIENCE) -> int:
         """Return the exit code; fail if it takes longer."""
@@ -532,7 +532,6 @@ class Script:
 def script(server: LoopbackServer, child_env: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., Script]]:
     """Run scripts against the server, each in a process group of its own; kill what is left of them."""
     started: list[Script] = []
-    known: set[int] = set()
 
     def run(text: str, *arguments: str) -> Script:
         path = tmp_path / f"script{len(started)}.py"
@@ -552,15 +551,16 @@ def script(server: LoopbackServer, child_env: dict[str, str], tmp_path: Path) ->
     yield run
     for running in started:
         with contextlib.suppress(psutil.NoSuchProcess):
-            known |= workers_of(running.pid)
+            running.seen |= workers_of(running.pid)
         running.process.kill()
         running.process.wait()
         running.output.close()
         assert running.process.stderr is not None
         running.process.stderr.close()
-    for pid in known:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        for pid in running.seen:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "popen_loky_posix" in " ".join(psutil.Process(pid).cmdline()):  # the id may be another's by now
+                    os.kill(pid, signal.SIGKILL)
 
 
 @slow
@@ -694,33 +694,33 @@ LONG_TASKS = {
         with AuthenticatedProcessPool(session, 2) as pool:
             pool.submit(int).result()
             print("begun", flush=True)
-            list(pool.map(time.sleep, [8] * 8))
+            list(pool.map(time.sleep, [600] * 8))
     """,
     "without a with block": """
         pool = AuthenticatedProcessPool(session, 2)
         pool.submit(int).result()
         print("begun", flush=True)
-        list(pool.map(time.sleep, [8] * 8))
+        list(pool.map(time.sleep, [600] * 8))
     """,
     "waiting for a future": """
         with AuthenticatedProcessPool(session, 2) as pool:
-            futures = [pool.submit(time.sleep, 8) for _ in range(8)]
+            futures = [pool.submit(time.sleep, 600) for _ in range(8)]
             print("begun", flush=True)
             futures[0].result()
     """,
     "waiting in shutdown": """
         pool = AuthenticatedProcessPool(session, 2)
-        futures = [pool.submit(time.sleep, 8) for _ in range(8)]
+        futures = [pool.submit(time.sleep, 600) for _ in range(8)]
         print("begun", flush=True)
         pool.shutdown()
     """,
     "inside the input": """
         def slow_input():
-            yield 8
-            yield 8
+            yield 600
+            yield 600
             print("begun", flush=True)
-            time.sleep(8)
-            yield 8
+            time.sleep(600)
+            yield 600
 
         with AuthenticatedProcessPool(session, 2) as pool:
             list(pool.map(time.sleep, slow_input(), chunksize=1))
@@ -732,7 +732,7 @@ LONG_TASKS = {
             with AuthenticatedProcessPool(session, 2) as pool:
                 loop = asyncio.get_running_loop()
                 print("begun", flush=True)
-                await asyncio.gather(*(loop.run_in_executor(pool, time.sleep, 8) for _ in range(4)))
+                await asyncio.gather(*(loop.run_in_executor(pool, time.sleep, 600) for _ in range(4)))
 
         asyncio.run(main())
     """,
@@ -746,12 +746,9 @@ def test_an_interrupt_ends_a_script_at_once(script: Callable[..., Script], text:
     running = script(text)
     running.wait_for_line("begun")
     workers = running.workers(2)
-    sent = time.monotonic()
     os.killpg(running.pid, signal.SIGINT)
-    code = running.end()
-    assert time.monotonic() - sent < 1.5 * SLOWNESS
-    assert code in {-signal.SIGINT, 130}
-    until(lambda: all(is_gone(worker) for worker in workers), 1.0 * SLOWNESS)
+    assert running.end() in {-signal.SIGINT, 130}
+    until(lambda: all(is_gone(worker) for worker in workers))
     errors = running.errors()
     assert errors.rstrip().endswith("KeyboardInterrupt")
     assert "loky" not in errors
@@ -777,7 +774,7 @@ def test_no_worker_can_be_interrupted_at_any_moment_of_its_life(script: Callable
     """SIGINT is blocked or ignored from the first instruction on: what ^C means is the parent's to decide."""
     running = script("""
         with AuthenticatedProcessPool(session, 3) as pool:
-            time.sleep(60)
+            time.sleep(600)
     """)
     guarded: dict[int, set[bool]] = {}
     ignored: set[int] = set()
@@ -825,16 +822,16 @@ def test_an_interrupt_while_workers_start_ends_a_script_at_once(
     """A login that hangs, and workers in the middle of their imports."""
     server.hang()
     running = script("""
+        secret = os.environ["SH_CLIENT_SECRET"]
+        session = OAuthSession(sys.argv[1], "demo-client", secret, timeout=(600.0, 600.0))
         print("begun", flush=True)
         with AuthenticatedProcessPool(session, 4) as pool:
             pass
     """)
     running.wait_for_line("begun")
     until(lambda: workers_of(running.pid))
-    sent = time.monotonic()
     os.killpg(running.pid, signal.SIGINT)
     assert running.end() in {-signal.SIGINT, 130}
-    assert time.monotonic() - sent < 1.5 * SLOWNESS
     assert "popen_loky_posix" not in running.errors()
     server.hang(False)
 
@@ -844,7 +841,7 @@ KILLED = """
     pool = AuthenticatedProcessPool(session, 3, memory_name=sys.argv[3] or None)
     pool.submit(int).result()
     if kind == "busy":
-        futures = [pool.submit(time.sleep, 60) for _ in range(6)]
+        futures = [pool.submit(time.sleep, 600) for _ in range(6)]
     if kind == "sending":
         blob = bytes(50_000_000)
         futures = [pool.submit(lambda blob: blob, blob) for _ in range(6)]
@@ -852,7 +849,7 @@ KILLED = """
         futures = [pool.submit(lambda: bytes(50_000_000)) for _ in range(6)]
         futures[0].result()
     print("begun", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -865,9 +862,9 @@ def test_workers_end_with_their_parent(script: Callable[..., Script], kind: str,
     workers = running.workers(3)
     os.kill(running.pid, number)
     assert running.end() == -number
-    until(lambda: all(is_gone(worker) for worker in workers), 2.0 * SLOWNESS)
-    left = [entry for entry in SHARED_MEMORY.iterdir() if str(running.pid) in re.split(r"\D+", entry.name)]
-    assert not left
+    until(lambda: all(is_gone(worker) for worker in workers))
+    # The last of it is taken away by the resource tracker, which ends after the workers.
+    until(lambda: not any(str(running.pid) in re.split(r"\D+", entry.name) for entry in SHARED_MEMORY.iterdir()))
 
 
 @slow
@@ -879,11 +876,11 @@ def test_a_killed_parents_name_can_be_taken_again(
     workers = running.workers(3)
     running.process.kill()
     running.end()
-    until(lambda: all(is_gone(worker) for worker in workers), 2.0 * SLOWNESS)
-    with (
-        pytest.warns(SHUserWarning, match="took over"),
-        AuthenticatedProcessPool(session_at(server), 1, memory_name=memory_name) as pool,
-    ):
+    until(lambda: all(is_gone(worker) for worker in workers))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SHUserWarning)  # none where the sweep of a neighbouring test was faster
+        pool = AuthenticatedProcessPool(session_at(server), 1, memory_name=memory_name).__enter__()
+    with pool:
         assert pool.submit(double, 1).result(PATIENCE) == 2
     assert not [entry for entry in SHARED_MEMORY.iterdir() if memory_name in entry.name]
 
@@ -953,16 +950,16 @@ def test_workers_end_with_their_parent_although_a_forked_child_lives(script: Cal
         warnings.simplefilter("ignore", DeprecationWarning)
         pool = AuthenticatedProcessPool(session, 2)
         pool.submit(int).result()
-        futures = [pool.submit(time.sleep, 60) for _ in range(2)]
+        futures = [pool.submit(time.sleep, 600) for _ in range(2)]
         child = os.fork()
         if child == 0:
             sys.stdout.close()
             os.close(1), os.close(2)
-            time.sleep(60)
+            time.sleep(600)
             os._exit(0)
         print("begun", flush=True)
         print(child, flush=True)
-        time.sleep(60)
+        time.sleep(600)
     """)
     running.wait_for_line("begun")
     child = int(running.output.readline())
@@ -971,7 +968,7 @@ def test_workers_end_with_their_parent_although_a_forked_child_lives(script: Cal
         running.process.kill()
         running.end()
         assert not is_gone(child)
-        until(lambda: all(is_gone(worker) for worker in workers), 2.0 * SLOWNESS)
+        until(lambda: all(is_gone(worker) for worker in workers))
     finally:
         os.kill(child, signal.SIGKILL)
 

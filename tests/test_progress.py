@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import subprocess
 import sys
 import threading
@@ -94,9 +95,9 @@ def test_the_bar_leaves_no_thread() -> None:
 
 def test_the_bar_moves_while_nothing_ends() -> None:
     stream = Terminal()
-    left = iter(range(50, 0, -1))
+    left = itertools.chain(range(50, 0, -1), itertools.repeat(0))
     with Progress(1, desc="tiles", stream=stream, token=lambda: float(next(left)), tick=0.01):
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 30
         while "token 47 s" not in stream.getvalue():
             assert time.monotonic() < deadline
             time.sleep(0.01)

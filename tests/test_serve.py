@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -71,7 +72,7 @@ def function(fn: Callable[..., Any], key: bytes = KEY) -> bytes:
 def parent() -> Iterator[Parent]:
     """Run the serve loop in a thread; it must end once it is told to, or its parent has gone."""
     ours, theirs = socket.socketpair()
-    ours.settimeout(10)
+    ours.settimeout(30)
     recalled, recall = os.pipe()
     lifeline = Lifeline(theirs, recalled)
 
@@ -83,7 +84,7 @@ def parent() -> Iterator[Parent]:
     worker.start()
     yield Parent(ours)
     ours.close()
-    worker.join(10)
+    worker.join(30)
     assert not worker.is_alive()
     theirs.close()
     os.close(recalled)
@@ -116,9 +117,10 @@ def test_an_unfinished_message_is_kept_back() -> None:
 
 def test_a_call_is_answered_with_its_number_and_time(parent: Parent) -> None:
     parent.send(function(add))
+    began = time.monotonic()
     answer = parent.call(41, 2, 3)
     assert (answer.kind, answer.number, load(answer.payload)) == (Kind.RESULT, 41, 5)
-    assert 0 <= answer.seconds < 10
+    assert 0 <= answer.seconds <= time.monotonic() - began
 
 
 def test_a_function_is_remembered_under_its_key(parent: Parent) -> None:

@@ -26,7 +26,7 @@ from shpool.engines.dispatch import STUCK_AFTER, Dispatch
 from shpool.engines.launcher import Launcher
 from shpool.engines.ledger import Ledger
 from shpool.engines.member import Flight, Member, PackedFunction
-from shpool.engines.serve import Kind
+from shpool.engines.serve import Kind, dump_setup
 from shpool.errors import InitializerError, TaskTerminatedError, TaskTimeoutError, UnpicklableError, WorkerLostError
 from shpool.logs import deliver
 from shpool.worker import dump, load, load_error, shortened
@@ -60,9 +60,10 @@ class Crew:
         self._setup = setup or WorkerSetup()
         self.on_refused: Callable[[int], None] = lambda _: None
         self.on_end: Callable[[], None] = lambda: None
+        pickled_setup = dump_setup(self._setup)  # first, as it may fail, and nothing would close the board then
         self._board = anonymous_board()
         self._channel = BoardChannel(self._board)
-        self._launcher = Launcher(self._board, self._setup, blanked)
+        self._launcher = Launcher(self._board, self._setup, pickled_setup, blanked)
         self._numbers = itertools.count(1)
         self._is_over_for_good = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="shpool-crew", daemon=True)

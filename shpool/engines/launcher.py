@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 from shpool.engines.member import Member
-from shpool.engines.serve import RECEIVE_SIZE, dump_setup
+from shpool.engines.serve import RECEIVE_SIZE
 from shpool.errors import InitializerError
 
 if TYPE_CHECKING:
@@ -33,16 +33,19 @@ class Launcher:
     Args:
         board: What they read the token from.
         setup: How each of them begins.
+        pickled_setup: The same as it travels.
         blanked: Returns the environment variables they must not inherit; asked at each launch.
 
     Attributes:
         not_before: When the next launch may come, by ``time.monotonic``.
     """
 
-    def __init__(self, board: Board, setup: WorkerSetup, blanked: Callable[[], Sequence[str]]) -> None:
+    def __init__(
+        self, board: Board, setup: WorkerSetup, pickled_setup: bytes, blanked: Callable[[], Sequence[str]]
+    ) -> None:
         self._board = board
         self._setup = setup
-        self._pickled_setup = dump_setup(setup)
+        self._pickled_setup = pickled_setup
         self._blanked = blanked
         self._landing = memoryview(bytearray(RECEIVE_SIZE))  # where what all workers send arrives
         self.not_before = 0.0

@@ -310,27 +310,27 @@ class Member:
     def _exitcode_within(self, seconds: float) -> int | None:
         """Wait for the end in steps: loky waits for a pipe that the worker's own children may hold open."""
         give_up = time.monotonic() + seconds
-        while not self._take_end() and self._process.exitcode is None and time.monotonic() < give_up:
-            self._process.join(_REAP_STEP)
-        exitcode: int | None = self._process.exitcode
+        while (exitcode := self._end_of_process()) is None and time.monotonic() < give_up:
+            time.sleep(_REAP_STEP)
         return exitcode
 
-    def _take_end(self) -> bool:
-        """Take the process's end before loky does, who would not ask what it has used."""
-        popen = getattr(self._process, "_popen", None)
-        if popen is None or popen.returncode is not None:
-            return False
-        try:
-            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
-        except ChildProcessError:
-            return False
-        if not pid:
-            return False
-        popen.returncode = os.waitstatus_to_exitcode(status)
-        peak = usage.ru_maxrss * _MAXRSS_UNIT
-        # Linux counts in what the process was before exec(): a copy of this one. So a lesser peak says nothing.
-        self.peak_memory = peak if peak > self._parents_peak else None
-        return True
+    def _end_of_process(self) -> int | None:
+        """Return the exit code, None before the end. Asked of the system, as loky does not ask what was used."""
+        popen = self._process._popen  # noqa: SLF001 - it must know what was taken from it
+        if popen.returncode is None:
+            try:
+                pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+            except ChildProcessError:  # somebody else has waited for it
+                exitcode: int | None = self._process.exitcode
+                return exitcode
+            if not pid:
+                return None
+            popen.returncode = os.waitstatus_to_exitcode(status)
+            peak = usage.ru_maxrss * _MAXRSS_UNIT
+            # Linux counts in what the process was before exec(): a copy of this one. So a lesser peak says nothing.
+            self.peak_memory = peak if peak > self._parents_peak else None
+        returncode: int = popen.returncode
+        return returncode
 
 
 def _own_peak_memory() -> int:

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/download.py [--quick] [--case NAME]... [--rounds N]
 
-Needs nginx; a peer that is not installed is left out with the reason, and so is a case that cannot be run here: `latency`
-needs root and netem, as it runs in a network namespace whose loopback takes its time, and the TLS cases need openssl.
-What is timed is each whole command, ours with login, checksums, fsync, atomic renames and journal; the peers check
-nothing. All have 16 connections. The contenders take turns, each round beginning with another one.
+Needs nginx; a peer that is not installed is left out with the reason, and so is a case that cannot be run here:
+`latency` needs root and netem, as it runs in a network namespace whose loopback takes its time, and the TLS cases need
+openssl. What is timed is each whole command, ours with login, checksums, fsync, atomic renames and journal; the peers
+check nothing. All have 16 connections. The contenders take turns, each round beginning with another one.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ http {{
     {tls}
 }}
 """
-TLS = "server {{ listen 127.0.0.1:{port} ssl; ssl_certificate {folder}/cert.pem; ssl_certificate_key {folder}/key.pem; root {folder}/offered; }}"
+TLS = """
+    server {{ listen 127.0.0.1:{port} ssl; root {folder}/offered;
+        ssl_certificate {folder}/cert.pem; ssl_certificate_key {folder}/key.pem; }}
+"""
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,8 @@ class Site:
     port: int
     tls_port: int | None
 
-    def offer(self, case: Case, files: int) -> str:
-        """Offer the files of a case, hard links all of them, and write the lists of the three; return the checksum."""
+    def offer(self, case: Case, files: int) -> None:
+        """Offer the files of a case, hard links all of them, and write the lists of the three."""
         offered = self.folder / "offered"
         shutil.rmtree(offered, ignore_errors=True)
         offered.mkdir()
@@ -113,7 +116,6 @@ class Site:
         (self.folder / "aria2c.txt").write_text("".join(f"{item['url']}\n" for item in items))
         pairs = zip(items, names, strict=True)
         (self.folder / "curl.txt").write_text("".join(f'url = "{item["url"]}"\noutput = "{n}"\n' for item, n in pairs))
-        return digest
 
     def command(self, peer: str, server: LoopbackServer, target: Path) -> list[str]:
         """Return what fetches the files into a folder."""
@@ -184,15 +186,16 @@ def _free_port() -> int:
 
 def _wait_for(port: int) -> None:
     give_up = time.monotonic() + 30.0
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
-        except OSError:
-            if time.monotonic() > give_up:
-                sys.exit("nginx does not answer")
-            time.sleep(0.05)
-        else:
-            return
+    while not _answers(port):
+        if time.monotonic() > give_up:
+            sys.exit("nginx does not answer")
+        time.sleep(0.05)
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as client:
+        client.settimeout(1.0)
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def run_case(name: str, site: Site, *, is_quick: bool, rounds: int) -> None:
