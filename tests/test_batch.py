@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import threading
 from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from patience import until
 
 from shpool.batch import JOBS_PER_WORKER, run_batch, worker_count
 from shpool.jobs import Job, JobResult, make_jobs
@@ -312,3 +314,199 @@ def test_processes_time_their_jobs_and_bring_errors_home() -> None:
     assert isinstance(failed.error, ValueError)
     assert next(ticks) >= 1000.0, "the clock was looked at"
     assert 0 <= failed.seconds < 1000.0, "measured in the worker, not from the submission on"
+
+
+class Queued(Held):
+    """Run what the test says, as an executor whose workers are slow; the others can be cancelled."""
+
+    def begin(self, number: int) -> None:
+        assert self.futures[number].set_running_or_notify_cancel()
+
+    def end(self, number: int) -> None:
+        self.futures[number].set_result((number, 0.1, 4711))
+
+    def begin_and_end_first(self, waiting: int, running: int) -> threading.Thread:
+        """Once so many wait, begin some of them and end the first."""
+
+        def act() -> None:
+            until(lambda: len(self.futures) == waiting)
+            for number in range(running):
+                self.begin(number)
+            self.end(0)
+
+        return later(act)
+
+
+def later(call: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=call)
+    thread.start()
+    return thread
+
+
+def test_a_stop_begins_nothing_new_and_waits_for_what_runs() -> None:
+    executor = Queued()
+    pulled = jobs(100)
+    batch = run_batch(executor, double, pulled, window=4)
+    ends = executor.begin_and_end_first(4, 3)
+    assert next(batch).index == 0
+    ends.join(30)
+    batch.stop()
+    executor.end(2)
+    ends = later(lambda: executor.end(1))
+    assert [result.index for result in batch] == [2, 1]
+    ends.join(30)
+    assert executor.futures[3].cancelled()
+    assert len(executor.futures) == 4
+    assert next(pulled).index == 4, "nothing more was pulled"
+
+
+def test_a_stop_before_the_first_job_runs_none() -> None:
+    executor = Held()
+    batch = run_batch(executor, double, jobs(3))
+    before = batch.is_stopping
+    batch.stop()
+    assert (before, batch.is_stopping) == (False, True)
+    assert list(batch) == []
+    assert executor.futures == []
+
+
+def test_a_stop_at_once_waits_for_nothing_and_keeps_what_has_ended() -> None:
+    executor = Queued()
+    batch = run_batch(executor, double, jobs(100), window=4)
+    ends = executor.begin_and_end_first(4, 3)
+    assert next(batch).index == 0
+    ends.join(30)
+    executor.end(2)
+    batch.stop(0.0)
+    assert [result.index for result in batch] == [2]
+    assert executor.futures[3].cancelled()
+    assert not executor.futures[1].done(), "it runs, and is the executor's to end"
+
+
+def test_a_stop_within_a_time_takes_what_ends_in_it() -> None:
+    executor = Queued()
+    now = 0.0
+    batch = run_batch(executor, double, jobs(3), window=3, clock=lambda: now)
+    ends = executor.begin_and_end_first(3, 3)
+    assert next(batch).index == 0
+    ends.join(30)
+    batch.stop(600.0)
+    ends = later(lambda: executor.end(1))
+    assert next(batch).index == 1
+    ends.join(30)
+    now = 600.0
+    assert list(batch) == []
+
+
+def test_a_second_stop_may_only_shorten_the_first() -> None:
+    executor = Queued()
+    now = 0.0
+    batch = run_batch(executor, double, jobs(2), window=2, clock=lambda: now)
+    ends = executor.begin_and_end_first(2, 2)
+    assert next(batch).index == 0
+    ends.join(30)
+    batch.stop(0.0)
+    batch.stop()
+    assert list(batch) == []
+
+
+def test_another_thread_may_stop_a_batch_that_waits_for_results() -> None:
+    executor = Queued()
+    batch = run_batch(executor, double, jobs(2))
+
+    def stop() -> None:
+        until(lambda: len(executor.futures) == 2)
+        executor.begin(0)
+        batch.stop(0.0)
+
+    stopping = later(stop)
+    assert list(batch) == []
+    stopping.join(30)
+    assert executor.futures[1].cancelled()
+
+
+def test_a_signal_handler_may_stop_a_batch_that_waits_for_results() -> None:
+    executor = Queued()
+    batch = run_batch(executor, double, jobs(2))
+    former = signal.signal(signal.SIGUSR1, lambda *_: batch.stop(0.0))
+
+    def send() -> None:
+        until(lambda: len(executor.futures) == 2)
+        executor.begin(0)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    try:
+        sending = later(send)
+        assert list(batch) == []
+        sending.join(30)
+    finally:
+        signal.signal(signal.SIGUSR1, former)
+
+
+def test_a_stop_while_only_retries_wait_ends_without_them() -> None:
+    time = Time()
+    calls = 0
+
+    def busy(_: int) -> None:
+        nonlocal calls
+        calls += 1
+        raise AskedError
+
+    def sleep(seconds: float) -> None:
+        time.sleep(seconds)
+        if time.now > 3.0:
+            batch.stop()
+
+    batch = run_batch(Immediate(), busy, jobs(1), retries=5, clock=time.clock, wall=time.clock, sleep=sleep)
+    assert list(batch) == []
+    assert calls == 1
+    assert max(time.slept) <= 0.2, "a stop is heard soon"
+
+
+def test_a_failure_after_a_stop_is_final() -> None:
+    """Its next attempt will not come, so this is what became of it."""
+    executor = Queued()
+    batch = run_batch(executor, double, jobs(2), retries=5, window=2)
+    ends = executor.begin_and_end_first(2, 2)
+    assert next(batch).index == 0
+    ends.join(30)
+    batch.stop()
+    fails = later(lambda: executor.futures[1].set_exception(AskedError("busy")))
+    [result] = batch
+    fails.join(30)
+    assert (result.index, result.status, result.attempts) == (1, "failed", 1)
+
+
+def test_a_job_that_is_read_while_the_stop_comes_is_not_begun() -> None:
+    executor = Held()
+
+    def source() -> Iterator[Job]:
+        for job in jobs(3):
+            if job.index == 1:
+                batch.stop(0.0)
+            yield job
+
+    batch = run_batch(executor, double, source())
+    assert list(batch) == []
+    assert len(executor.futures) == 1
+    assert executor.futures[0].cancelled()
+
+
+def test_an_error_tells_of_the_attempts_before_it() -> None:
+    errors = iter([ConnectionError("reset"), TimeoutError("slow"), ValueError("bad tile")])
+
+    def fails(_: int) -> None:
+        raise next(errors)
+
+    [result] = run(fails, 1, retries=5)
+    assert (result.status, result.attempts) == ("failed", 3)
+    assert notes_of(result.error) == ["after attempt 1: ConnectionError: reset; attempt 2: TimeoutError: slow"]
+
+
+def test_an_error_of_the_first_attempt_has_nothing_to_tell() -> None:
+    [result] = run(fail, 1, retries=5)
+    assert notes_of(result.error) == []
+
+
+def notes_of(error: BaseException | None) -> list[str]:
+    return list(getattr(error, "__notes__", []))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -13,10 +14,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shpool.errors import ShpoolError, SHUserWarning
-from shpool_cli import settings
+from shpool_cli import completion, settings
 from shpool_cli.console import CommandError, ExitCode, report, say
 from shpool_cli.demo import demo
+from shpool_cli.download import download
 from shpool_cli.run import run
+from shpool_cli.status import StatusCommand, status
 from shpool_cli.tokeninfo import token
 
 if TYPE_CHECKING:
@@ -27,15 +30,18 @@ app = typer.Typer(
     help="One login, every process: run functions in worker processes that share one OAuth2 token.",
     epilog="Exit codes: 0 all done, 1 some jobs failed, 2 bad usage or input, 3 no login, 129 hung up, "
     "130 interrupted, 143 terminated.",
-    add_completion=False,  # its option would change shell start-up files
+    add_completion=False,  # its option would change shell start-up files; `shpool completion` does not
     rich_markup_mode=None,  # plain text: importing rich doubles the time of --help
     pretty_exceptions_enable=False,
     pretty_exceptions_show_locals=False,  # locals hold secrets
 )
 app.command()(run)
+app.command()(download)
+app.command(cls=StatusCommand)(status)
 app.command()(token)
 app.add_typer(settings.app, name="config")
 app.command()(demo)
+app.command()(completion.completion)
 
 # typer brings its own copy of click in some versions and uses the package in others: only this way is there in both.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -71,6 +77,8 @@ def run_command(arguments: Sequence[str]) -> int:
     _speak_plainly()
     command = typer.main.get_command(app)
     try:
+        if completion.VARIABLE in os.environ:
+            return completion.answer(command, os.environ[completion.VARIABLE])
         with command.make_context("shpool", list(arguments)) as context:
             command.invoke(context)
     except typer.Exit as stop:

@@ -76,7 +76,7 @@ def report(error: ShpoolError | CommandError) -> ExitCode:
             say(f"cause: {text}")
     if hint:
         say(f"hint: {hint}")
-    return _exit_code(error)
+    return exit_code_of(error)
 
 
 def _parts(error: ShpoolError | CommandError) -> tuple[str, str]:
@@ -89,7 +89,8 @@ def _parts(error: ShpoolError | CommandError) -> tuple[str, str]:
     return (message, hint) if semicolon else (hint, "")
 
 
-def _exit_code(error: ShpoolError | CommandError) -> ExitCode:
+def exit_code_of(error: ShpoolError | CommandError) -> ExitCode:
+    """Return the exit code that goes with an error."""
     if isinstance(error, CommandError):
         return error.code
     if isinstance(error, (InputError, ConfigError, JournalError)) and not isinstance(error, JournalFullError):

@@ -69,27 +69,29 @@ class Input:
         self._name = name
         self._form = form
 
-    def check(self, *checks: Callable[[Call], None]) -> int:
+    def check(self, *checks: Callable[[Call], None], each: Callable[[Call], None] | None = None) -> int:
         """Read everything and return the number of calls.
 
         Args:
             *checks: Each is given one call of each shape, and raises InputError about one that will not do.
+            each: The same, and is given every call.
 
         Raises:
             InputError: A line cannot be read, or its arguments will not do.
         """
         count = 0
         fitting: set[object] = set()
-        for count, (line, (args, kwargs)) in enumerate(self._numbered_calls(), 1):  # noqa: B007 - the last one counts
-            shape = (len(args), frozenset(kwargs))
-            if shape in fitting:
-                continue
+        for count, (line, call) in enumerate(self._numbered_calls(), 1):  # noqa: B007 - the last one counts
+            shape = (len(call[0]), frozenset(call[1]))
             try:
-                for check in checks:
-                    check((args, kwargs))
+                if shape not in fitting:
+                    for check in checks:
+                        check(call)
+                    fitting.add(shape)
+                if each is not None:
+                    each(call)
             except InputError as exc:
                 raise InputError(self._place(line), exc.reason, exc.hint) from None
-            fitting.add(shape)
         return count
 
     def calls(self) -> Iterator[Call]:

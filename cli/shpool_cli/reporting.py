@@ -47,14 +47,12 @@ class Report:
             self._bar.done(len(records) - failed)
 
     def tell_before(self, index: int, record: Record | None) -> None:
-        """Count a job that was done in an earlier run; write it unless it is None, in the output already."""
+        """Write a job that was done in an earlier run, and is counted as such, unless it is in the output: None."""
         with self._lock:
             if record is not None:
                 self._write([record])
             elif self._in_order is not None:
                 self._in_order.skip(index)
-            self._summary.before += 1
-            self._bar.pass_over()
 
     def skip(self, index: int) -> None:
         """Count a job that is not asked for."""

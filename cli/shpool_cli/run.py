@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from shpool.errors import JournalError, ShpoolError
+from shpool.errors import ShpoolError
 from shpool.halting import HaltPolicy  # noqa: TC001 - typer reads the annotations
 from shpool_cli.console import CommandError, ExitCode, private_stdout, report, say
 from shpool_cli.credentials import (
@@ -21,7 +21,8 @@ from shpool_cli.credentials import (
 )
 from shpool_cli.inputs import Format  # noqa: TC001 - typer reads the annotations
 from shpool_cli.options import at_least, duration, halt_policy
-from shpool_cli.runner import Order, carry_out
+from shpool_cli.order import Order
+from shpool_cli.runner import carry_out
 from shpool_cli.stopping import code_of
 from shpool_cli.summary import Summary
 
@@ -167,8 +168,8 @@ def run(  # noqa: PLR0913 - options of a command line
 
     ^C lets running jobs end for half a second; a second ^C ends at once.
 
-    Exit codes: 0 all done, 1 some jobs failed or were not reached, 2 bad usage or input, 3 no login, 129 hung up,
-    130 interrupted, 143 terminated.
+    Exit codes: 0 all done, or as many as --limit allows, 1 some jobs failed or were not reached, 2 bad usage or
+    input, 3 no login, 129 hung up, 130 interrupted, 143 terminated.
     """
     login = LoginOptions(profile, token_url, client_id, client_secret_file, scope)
     target, source = _target_and_input(words, shell)
@@ -205,12 +206,15 @@ def run(  # noqa: PLR0913 - options of a command line
         except (KeyboardInterrupt, SystemExit, ShpoolError, CommandError) as stop:
             if summary.jobs is None:
                 raise
-            summary.exit_code = _code_of(stop)
+            if isinstance(stop, (ShpoolError, CommandError)):
+                report(stop)
+            summary.exit_code = code_of(stop)
         summary.seconds = round(time.monotonic() - began, 3)
         if not dry_run:
             summary.tell(stdout if output is not None else None, as_json=as_json)
             if journal is not None and not summary.is_complete:
-                say(f"hint: the same command goes on where this one ended; shpool status {journal} tells more")
+                same = "the same command without --fresh" if fresh else "the same command"
+                say(f"hint: {same} goes on where this one ended; shpool status {journal} tells more")
     raise typer.Exit(summary.exit_code)
 
 
@@ -237,13 +241,8 @@ def _check(order: Order) -> None:
     if order.only_failed and order.fresh:
         msg = "--only-failed needs what --fresh throws away"
         raise typer.BadParameter(msg)
-
-
-def _code_of(stop: BaseException) -> ExitCode:
-    """Return the exit code of what ended a run early; errors are told, stops by the user are in the summary."""
-    if isinstance(stop, JournalError):
-        report(stop)
-        return ExitCode.FAILED  # it was fine when the run began
-    if isinstance(stop, (ShpoolError, CommandError)):
-        return report(stop)
-    return code_of(stop)
+    others = {"INPUT": None if order.source == "-" else Path(order.source), "--output": order.output}
+    for name, path in others.items():
+        if order.journal is not None and path is not None and path.resolve() == order.journal.resolve():
+            msg = f"--journal and {name} are the same file, {path}"
+            raise typer.BadParameter(msg)

@@ -3,155 +3,79 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-import json
+import functools
+import itertools
 import shlex
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from shpool.errors import InputError
-from shpool_cli.console import CommandError, say
+from shpool_cli.console import CommandError, ExitCode
 from shpool_cli.credentials import log_in_patiently, make_session
+from shpool_cli.foresight import foresee
 from shpool_cli.inputs import open_input
+from shpool_cli.order import Order, Work, check_work, function_of
 from shpool_cli.output.former import first_key
 from shpool_cli.output.records import recalled, recorded
 from shpool_cli.output.results import open_output
 from shpool_cli.reporting import Report
-from shpool_cli.stopping import Stopper
+from shpool_cli.stopping import Stopper, code_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from shpool.halting import HaltPolicy
     from shpool.jobs import Job, JobResult
     from shpool.journal import Ended, Journal, JournalView
     from shpool.pool import AuthenticatedProcessPool
     from shpool.session import OAuthSession
-    from shpool.shell import ShellCall
-    from shpool.targets import Target
-    from shpool_cli.credentials import LoginOptions
-    from shpool_cli.inputs import Call, Format, Input
+    from shpool_cli.output.records import Record
     from shpool_cli.output.results import ResultWriter
     from shpool_cli.summary import Summary
 
 _GRACE = 10.0  # s beyond its timeout that a shell job's worker has to end it in order
 
 
-@dataclass(frozen=True)
-class Order:
-    """What the command line asks for."""
-
-    target: str | None
-    shell: str | None
-    source: str
-    form: Format | None
-    output: Path | None
-    ordered: bool
-    workers: int | None
-    retries: int
-    timeout: float | None
-    halt: HaltPolicy
-    max_time: float | None
-    limit: int | None
-    shuffle: bool
-    dry_run: bool
-    journal: Path | None
-    key: str | None
-    only_failed: bool
-    fresh: bool
-    progress: bool | None
-    login: LoginOptions
-
-
-@dataclass(frozen=True)
-class Work:
-    """A function and an input, known to be good.
-
-    Attributes:
-        function: What workers call.
-        name: What the bar calls it.
-        source: The input.
-        count: Its jobs.
-        order: What the command line asks for.
-    """
-
-    function: Target | ShellCall
-    name: str
-    source: Input
-    count: int
-    order: Order
-
-    def jobs(self) -> Iterator[Job]:
-        """Yield the jobs in the order of the input."""
-        from shpool.jobs import make_jobs
-
-        return make_jobs(str(self.function), self.source.calls(), key_field=self.order.key)
-
-
 def carry_out(order: Order, stdout: BinaryIO, summary: Summary) -> None:
     """Run the jobs; cheap checks come first, and ``summary.jobs`` is set once all of them have passed."""
-    function, name, checks = _function_of(order)
-    if order.key is not None:
-        checks.append(_has_field(order.key))
-    with open_input(order.source, order.form) as source, contextlib.ExitStack() as stack:
-        work = Work(function, name, source, source.check(*checks), order)
+    function = function_of(order)
+    if order.journal is not None:
+        from shpool.journal.file import check_place, resolved
+
+        check_place(resolved(order.journal))
+    with (
+        open_input(order.source, order.form) as source,
+        contextlib.ExitStack() as outputs,
+        contextlib.ExitStack() as journals,  # ends before the output does: its last words go there
+    ):
+        work = check_work(order, source, function)
         if order.dry_run:
+            foresee(work, stdout)
             summary.jobs = work.count
-            _foresee(work, stdout, summary)
             return
-        _check_output(order)
+        session = functools.cache(lambda: make_session(order.login, may_prompt=order.source != "-"))
+        writer = None
+        if work.is_begun_anew:  # before a journal is made or emptied
+            writer = outputs.enter_context(open_output(order.output, stdout))
+            if work.count and not order.only_failed:
+                session()
         told: list[Report] = []
-        journal = stack.enter_context(_opened(work, told)) if order.journal is not None else None
-        first, writer = _opened_output(work, stdout, journal, stack)
-        if work.count in {0, first}:  # nothing to do is no reason to log in
-            summary.jobs, summary.before = work.count, first
-        else:
-            session = make_session(order.login, may_prompt=order.source != "-")
-            _run_jobs(work, session, _Ends(writer, journal, told, first), summary)
-
-
-def _function_of(order: Order) -> tuple[Target | ShellCall, str, list[Callable[[Call], None]]]:
-    """Return the function, its name, and the checks that its calls must pass."""
-    if order.shell is not None:
-        from shpool.shell import ShellCall
-
-        command = ShellCall(order.shell, timeout=order.timeout)
-        command.check_syntax()
-        return command, "sh", [lambda call: command.check_fields(len(call[0]), call[1])]
-    from shpool.targets import load_target
-
-    target = load_target(order.target or "")
-    try:
-        signature = inspect.signature(target.function)
-    except (TypeError, ValueError):  # some built-in functions have none
-        return target, target.name, []
-
-    def fits(call: Call) -> None:
-        try:
-            signature.bind(*call[0], **call[1])
-        except TypeError as exc:
-            reason = f"the arguments do not fit the function: {exc}"
-            raise InputError(target.name, reason, f"the function takes {signature}") from None
-
-    return target, target.name, [fits]
-
-
-def _has_field(name: str) -> Callable[[Call], None]:
-    def check(call: Call) -> None:
-        if name not in call[1]:
-            there = ", ".join(call[1]) or "none: give objects, or a CSV"
-            raise InputError(name, f"there is no field {name!r} for --key", f"the fields are {there}")
-
-    return check
+        journal = journals.enter_context(_opened(work, told, summary)) if order.journal is not None else None
+        if writer is None:
+            writer = outputs.enter_context(_opened_output(order.output, stdout, journal))
+        former = _catch_up(work, writer, journal, session)
+        if former.left:
+            _run_jobs(work, session(), _Ends(writer, journal, told, former), summary)
+        else:  # nothing to do is no reason to log in
+            summary.jobs, summary.before = work.count, former.done
+            summary.skipped = work.count - former.done
 
 
 # The journal
 
 
 @contextlib.contextmanager
-def _opened(work: Work, told: list[Report]) -> Iterator[Journal]:
+def _opened(work: Work, told: list[Report], summary: Summary) -> Iterator[Journal]:
     """Open the journal; what it makes durable goes to the first of the reports, once there is one."""
     from shpool.journal import Journal
 
@@ -162,50 +86,72 @@ def _opened(work: Work, told: list[Report]) -> Iterator[Journal]:
     command = shlex.join(["shpool", *sys.argv[1:]])
     with Journal(path or "", str(work.function), fresh=order.fresh, command=command, on_durable=tell) as journal:
         journal.note(jobs=work.count)
-        yield journal
+        try:
+            yield journal
+        except BaseException as stop:
+            journal.note(exit_code=code_of(stop))
+            raise
+        journal.note(exit_code=ExitCode.FAILED if summary.failed or summary.halted else ExitCode.OK)
 
 
 def _opened_output(
-    work: Work, stdout: BinaryIO, journal: Journal | None, stack: contextlib.ExitStack
-) -> tuple[int, ResultWriter]:
-    """Open the output and write what earlier runs have done.
+    output: Path | None, stdout: BinaryIO, journal: Journal | None
+) -> contextlib.AbstractContextManager[ResultWriter]:
+    """Open the output of a run that goes on with a journal; it may hold the results of former ones."""
+    from shpool.journal import JournalView
 
-    Returns:
-        The first index that is not in it for certain, and the writer.
+    if output is None or journal is None or not output.is_file():
+        return open_output(output, stdout)
+    if not _is_former(output, JournalView(journal.path)):
+        msg = f"{output} exists and is no output of the runs in {journal.path}"
+        raise CommandError(msg, "choose another --output, or remove the file")
+    return open_output(output, stdout, replace=True)
+
+
+@dataclass
+class _Former:
+    """What former runs have left.
+
+    Attributes:
+        done: Jobs that are done.
+        left: Jobs to run, where equal ones count as many.
+        first: The first index that is not in the output for certain.
+    """
+
+    done: int = 0
+    left: int = 0
+    first: int = 0
+
+
+def _catch_up(
+    work: Work, writer: ResultWriter, journal: Journal | None, session: Callable[[], OAuthSession]
+) -> _Former:
+    """Write what former runs have done; of that, only what comes before any gap where the output is ordered.
+
+    The session is made before the former output is replaced: where it cannot be, all stays as it is.
     """
     from shpool.journal import JournalView
 
-    output = work.order.output
+    order = work.order
     if journal is None or journal.run == 1:
-        return 0, stack.enter_context(open_output(output, stdout))
-    view = JournalView(journal.path)
-    is_there = output is not None and output.is_file()
-    if output is not None and is_there and not _is_former(output, view):
-        msg = f"{output} exists and is no output of the runs in {journal.path}"
-        raise CommandError(msg, "choose another --output, or remove the file")
-    writer = stack.enter_context(open_output(output, stdout, replace=is_there))
-    first = 0
+        return _Former(left=0 if order.only_failed else work.count)
+    former = _Former()
 
-    def before() -> Iterator[Any]:
-        nonlocal first
-        for job, record in view.lookup(work.jobs()):
-            if record is not None and record.status == "done":
-                first += first == job.index
+    def before() -> Iterator[Record]:
+        for job, record in JournalView(journal.path).lookup(work.jobs()):
+            if record is None or record.status != "done":
+                former.left += not order.only_failed or (record is not None and record.has_failed)
+                continue
+            former.done += 1
+            is_next = former.first == job.index
+            former.first += is_next
+            if is_next or not order.ordered:
                 yield recalled(job.index, record)
-            elif work.order.ordered:
-                return
+        if former.left:
+            session()
 
     writer.catch_up(before())
-    return first, writer
-
-
-def _check_output(order: Order) -> None:
-    """Refuse an output that holds something and cannot be of this run, before a journal is made or emptied."""
-    path = order.output
-    is_begun_anew = order.journal is None or order.fresh or not order.journal.exists()
-    if path is not None and is_begun_anew and path.is_file() and path.stat().st_size:
-        msg = f"{path} exists and is not empty"
-        raise CommandError(msg, "choose another --output, or remove the file")
+    return former
 
 
 def _is_former(output: Path, view: JournalView) -> bool:
@@ -215,33 +161,6 @@ def _is_former(output: Path, view: JournalView) -> bool:
         msg = f"{output} cannot be read: {exc.strerror}"
         raise CommandError(msg, "choose another --output") from None
     return key is not None and (not key or view.record(key) is not None)
-
-
-def _foresee(work: Work, stdout: BinaryIO, summary: Summary) -> None:
-    """Say for each job what a run would do with it."""
-    from shpool.journal import JournalView
-
-    path, order = work.order.journal, work.order
-    pairs: Iterator[tuple[Job, Any]] = ((job, None) for job in work.jobs())
-    if path is not None and path.exists() and not order.fresh:
-        view = JournalView(path)
-        if view.target != str(work.function):
-            from shpool.errors import JournalMismatchError
-
-            raise JournalMismatchError(str(path), "target", view.target, str(work.function))
-        pairs = view.lookup(work.jobs())
-    left = work.count if order.limit is None else order.limit
-    would = 0
-    for job, record in pairs:
-        state = "new" if record is None else {"running": "cut off"}.get(record.status, record.status)
-        is_wanted = state != "done" and (not order.only_failed or (record is not None and record.has_failed))
-        runs = is_wanted and would < left
-        would += runs
-        summary.before += state == "done"
-        line = {"index": job.index, "key": job.key, "status": state, "would_run": runs}
-        stdout.write(f"{json.dumps(line)}\n".encode())
-    stdout.flush()
-    say(f"dry run: {would} of {work.count} jobs would run, {summary.before} are done")
 
 
 # Running
@@ -255,13 +174,13 @@ class _Ends:
         writer: The output.
         journal: The journal, if there is one.
         told: Where the journal finds the report.
-        first: The first index that is not in the output for certain.
+        former: What is there already.
     """
 
     writer: ResultWriter
     journal: Journal | None
     told: list[Report]
-    first: int
+    former: _Former
 
 
 def _run_jobs(work: Work, session: OAuthSession, ends: _Ends, summary: Summary) -> None:
@@ -280,25 +199,32 @@ def _run_jobs(work: Work, session: OAuthSession, ends: _Ends, summary: Summary) 
         if ends.journal is not None:
             ends.journal.note(logins=stats.logins, workers=stats.workers)
 
+    def end_at_once(kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for no running job where its result has nowhere to go."""
+        if kind is not None:
+            pool.terminate()
+
     with contextlib.ExitStack() as after, contextlib.ExitStack() as stack:
         pool = log_in_patiently(session, opened)
         after.callback(conclude)
-        summary.jobs = work.count
+        stack.push(end_at_once)
+        summary.jobs, summary.before = work.count, ends.former.done
         bar = Progress(
             work.count,
-            desc=work.name,
+            desc="sh" if order.shell is not None else getattr(work.function, "name", ""),
             enabled=order.progress,
             token=lambda: pool.stats().token_remaining,
         )
-        with bar:
-            report = Report(ends.writer, summary, bar, ordered=order.ordered, first=ends.first)
+        with bar, contextlib.ExitStack() as flushed:
+            bar.pass_over(ends.former.done)
+            report = Report(ends.writer, summary, bar, ordered=order.ordered, first=ends.former.first)
+            flushed.callback(report.flush)
             ends.told.append(report)
-            try:
-                _carry(work, pool, session, ends, report, summary)
-            finally:
-                if ends.journal is not None:
-                    ends.journal.flush()
-                report.flush()
+            if ends.journal is not None:
+                flushed.callback(ends.journal.flush)  # the first of the two
+            _carry(work, pool, session, ends, report, summary)
+        if summary.is_complete:  # whatever was to end it came too late
+            summary.halted = None
 
 
 def _carry(  # noqa: PLR0917, PLR0913 - the parts of a run meet here
@@ -315,7 +241,13 @@ def _carry(  # noqa: PLR0917, PLR0913 - the parts of a run meet here
     from shpool_cli.shuffled import shuffled
 
     order, journal = work.order, ends.journal
-    jobs = shuffled(work.jobs()) if order.shuffle else work.jobs()
+
+    def goes_on(_: Job) -> bool:
+        return not batch.is_stopping
+
+    jobs: Iterator[Job] = itertools.takewhile(goes_on, work.jobs())  # else a stop is heard only at the next job to run
+    if order.shuffle:
+        jobs = itertools.takewhile(goes_on, shuffled(jobs))
     jobs = _limited(jobs, order.limit) if journal is None else _claimed(jobs, ends, journal, report, order)
     timeout = order.timeout
     if timeout is not None and isinstance(work.function, ShellCall):
@@ -355,7 +287,7 @@ def _limited(jobs: Iterator[Job], limit: int | None) -> Iterator[Job]:
 
 def _claimed(jobs: Iterator[Job], ends: _Ends, journal: Journal, report: Report, order: Order) -> Iterator[Job]:
     """Yield the jobs to run; tell of those that are done."""
-    first = ends.first
+    first = ends.former.first
     begun = 0
     for job in jobs:
         claim = journal.claim(job, only_failed=order.only_failed)

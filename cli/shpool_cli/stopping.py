@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import signal
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+from shpool.errors import JournalError, ShpoolError
 from shpool.halting import Halt, HaltPolicy
-from shpool_cli.console import ExitCode
+from shpool_cli.console import CommandError, ExitCode, exit_code_of
 
 if TYPE_CHECKING:
     from types import FrameType, TracebackType
 
     from typing_extensions import Self
 
-    from shpool.batch import Batch
-
 _MOMENT = 0.5  # s that running jobs get to end after a signal; the whole exit must take less than one
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stoppable(Protocol):
+    """What runs: a batch, or downloads in groups."""
+
+    def stop(self, within: float = ...) -> None:
+        """Begin nothing any more, and wait so many seconds for what runs; from any thread, or a signal handler."""
 
 
 class Stopper:
@@ -34,7 +40,7 @@ class Stopper:
         is_killing: Running jobs are not to be waited for.
     """
 
-    def __init__(self, batch: Batch, halt: HaltPolicy, total: int, seconds: float | None) -> None:
+    def __init__(self, batch: Stoppable, halt: HaltPolicy, total: int, seconds: float | None) -> None:
         self._batch = batch
         self._halt = halt
         self._total = total
@@ -91,13 +97,16 @@ class Stopper:
         self._stop(f"stopped after --max-time, {seconds:g} s")
 
     def _stop(self, reason: str) -> None:
-        self.reason = reason
+        self.reason = self.reason or reason
         self._batch.stop(*([0.0] if self.is_killing else []))
 
 
 def code_of(stop: BaseException) -> ExitCode:
-    """Return the exit code of a stop by the user."""
+    """Return the exit code of what ended a run early."""
     if isinstance(stop, KeyboardInterrupt):
         return ExitCode.INTERRUPTED
-    has_hung_up = isinstance(stop, SystemExit) and stop.code == ExitCode.HUNG_UP
-    return ExitCode.HUNG_UP if has_hung_up else ExitCode.TERMINATED
+    if isinstance(stop, SystemExit):
+        return ExitCode.HUNG_UP if stop.code == ExitCode.HUNG_UP else ExitCode.TERMINATED
+    if isinstance(stop, (ShpoolError, CommandError)) and not isinstance(stop, JournalError):
+        return exit_code_of(stop)
+    return ExitCode.FAILED  # a journal was fine when the run began

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, ClassVar
 
 from shpool_cli.console import CommandError, ExitCode, report, say
 
@@ -35,6 +35,8 @@ class Summary:
         exit_code: What it ends with.
     """
 
+    _noun: ClassVar[str] = "job"
+
     jobs: int | None = None
     done: int = 0
     failed: int = 0
@@ -57,13 +59,18 @@ class Summary:
 
     def __str__(self) -> str:
         finished, total = self.done + self.failed + self.before + self.skipped, self.jobs or 0
-        jobs = _counted(total, "job") if self.is_complete else f"{finished} of {_counted(total, 'job')}"
-        counts = [jobs, f"{self.failed} failed"]
+        jobs = _counted(total, self._noun)
+        jobs = jobs if self.is_complete else f"{finished} of {jobs}"
+        counts = [jobs, *self._amounts(), f"{self.failed} failed"]
         counts += [f"{self.before} done before"] if self.before else []
         counts += [f"{self.skipped} skipped"] if self.skipped else []
         counts += [_counted(self.logins, "login"), _counted(self.refreshes, "refresh", "refreshes")]
         halted = f"{self.halted}: " if self.halted else _WORDS.get(ExitCode(self.exit_code), "")
         return f"{halted}{', '.join(counts)}, {self.seconds:.1f} s"
+
+    def _amounts(self) -> list[str]:
+        """Return what else is to be said of the jobs, in words."""
+        return []
 
     def tell(self, stdout: BinaryIO | None, *, as_json: bool) -> None:
         """Say it on stderr, and as JSON where asked: on ``stdout``, or on stderr where that is None."""

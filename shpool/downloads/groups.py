@@ -98,10 +98,12 @@ class GroupRun:
         self._executor = executor
         self._fetch = fetch
         self._planned = iter(planned)
-        self._window = _GROUPS_PER_WORKER * worker_count(executor)
-        self._sizer = GroupSizer(fetch.settings.curl.connections)
-        if count is not None:
-            self._sizer.largest = min(max(count // self._window, 1), _LONGEST_GROUP)
+        workers, connections = worker_count(executor), fetch.settings.curl.connections
+        self._window = _GROUPS_PER_WORKER * workers
+        self._sizer = GroupSizer(connections)
+        if count is not None:  # a worker's share of a short input goes to it at once, up to what it has connections for
+            share = min(-(-count // workers), connections)
+            self._sizer.largest = min(max(count // self._window, share, 1), _LONGEST_GROUP)
         self._is_exhausted = False
         self._give_up: float | None = None  # set by stop(): until when results are waited for
         self._in_flight: dict[Future[Any], _Group] = {}

@@ -239,8 +239,12 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
     Raises:
         JournalError: It cannot be read, or is none.
     """
-    if not path.exists():
-        raise JournalNotFoundError(str(path))
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise JournalNotFoundError(str(path)) from None
+    except OSError as exc:
+        raise JournalError(str(path), f"it cannot be reached: {exc.strerror}", "give a file that you may read") from exc
     check_place(path)
     try:
         return _checked(connect(path, "ro"), path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from shpool.journal.file import open_for_reading, resolved, target_of, transaction, translated
 from shpool.journal.lock import live_pid
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from shpool.jobs import Job
 
 __all__ = ["ErrorKind", "JournalSummary", "JournalView", "kind_of_error"]
+
+JournalState = Literal["empty", "running", "ended", "cut off"]
 
 _PAGE = 500  # records that are read at once; between two pages nothing is held
 _MOST_KINDS = 500  # kinds of errors that are told apart; more are no kinds, and would fill the memory
@@ -82,6 +84,33 @@ class JournalSummary:
         return self.runs[-1].rate if self.runs else 0.0
 
     @property
+    def state(self) -> JournalState:
+        """What became of the last run: ``cut off`` when it did not live to close the journal."""
+        if self.live_pid is not None:
+            return "running"
+        if not self.runs:
+            return "empty"
+        return "cut off" if self.runs[-1].ended is None else "ended"
+
+    @property
+    def left(self) -> int | None:
+        """How many jobs of the last run's input have no end in it; None when the input's length is unknown.
+
+        An estimate: what earlier runs have done is taken to be in the input still, and a line that
+        stands there twice counts twice.
+        """
+        if not self.runs or self.runs[-1].jobs is None:
+            return None
+        return max(self.runs[-1].jobs - self.done - self.runs[-1].failed, 0)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """How long the live run will go on at its rate; None when there is none, or nothing to tell it by."""
+        if self.state != "running" or self.left is None or self.rate == 0:
+            return None
+        return self.left / self.rate
+
+    @property
     def logins(self) -> int:
         """Logins of all runs."""
         return sum(run.logins for run in self.runs)
@@ -90,6 +119,11 @@ class JournalSummary:
     def waits(self) -> int:
         """How often tasks waited for the account's limits, in all runs."""
         return sum(run.waits for run in self.runs)
+
+    @property
+    def waited(self) -> float:
+        """Seconds they waited in all."""
+        return sum(run.waited for run in self.runs)
 
 
 class JournalView:
@@ -123,13 +157,11 @@ class JournalView:
         with self._reading() as connection:
             runs = tuple(RunRecord(*row) for row in connection.execute(f"SELECT {RUN_COLUMNS} FROM runs ORDER BY id"))  # noqa: S608 - names of columns
             live = 0 if pid is None or not runs else runs[-1].id
-            counts = _counts(connection, live)
-            ((first, last),) = connection.execute("SELECT min(begun), max(ended) FROM jobs").fetchall()
+            counts_and_times = _counts_and_times(connection, live)
             by_time = "seconds IS NOT NULL ORDER BY seconds DESC, id LIMIT ?"
             slow = tuple(_records(connection, by_time, slowest))
-            return JournalSummary(
-                target_of(connection), pid, runs, *counts, first, last, slow, _kinds_of_errors(connection)
-            )
+            errors = _kinds_of_errors(connection)
+            return JournalSummary(target_of(connection), pid, runs, *counts_and_times, slow, errors)
 
     def record(self, key: str) -> JobRecord | None:
         """Return what the journal knows of one job, None when nothing."""
@@ -176,15 +208,18 @@ class JournalView:
             yield connection
 
 
-def _counts(connection: sqlite3.Connection, live: int) -> tuple[int, int, int, int]:
-    """Return how many jobs are done, failed, running and cut off."""
-    ((done, failed, running, cut_off),) = connection.execute(
+def _counts_and_times(
+    connection: sqlite3.Connection, live: int
+) -> tuple[int, int, int, int, float | None, float | None]:
+    """Return how many jobs are done, failed, running and cut off, when the first was begun and the last ended."""
+    # One statement: each reads the whole table, which is most of the time of a summary.
+    ((done, failed, running, cut_off, first, last),) = connection.execute(
         "SELECT count(*) FILTER (WHERE status = 'done'), count(*) FILTER (WHERE status = 'failed'), "
         "count(*) FILTER (WHERE status = 'running' AND run = :live), "
-        "count(*) FILTER (WHERE status = 'running' AND run != :live) FROM jobs",
+        "count(*) FILTER (WHERE status = 'running' AND run != :live), min(begun), max(ended) FROM jobs",
         {"live": live},
     ).fetchall()
-    return done, failed, running, cut_off
+    return done, failed, running, cut_off, first, last
 
 
 def _records(connection: sqlite3.Connection, condition: str, *values: Any) -> Iterator[JobRecord]:  # noqa: ANN401 - SQLite's
@@ -209,12 +244,13 @@ def _kinds_of_errors(connection: sqlite3.Connection) -> tuple[ErrorKind, ...]:
 
 
 # Ids as they come in texts of errors: UUIDs, hex digits with a number among them, then plain numbers. The word
-# borders keep words such as "decade" whole.
+# borders keep words such as "decade" whole. The look at the first character, and no flag for upper case, make it
+# three times as fast (run: 17.7 and 6.1 microseconds a text), which counts where a hundred thousand jobs have failed.
 _IDS = re.compile(
-    r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"
-    r"|\b(?:0x)?(?=[a-f]*[0-9])[0-9a-f]{8,}\b"
-    r"|[0-9]+(?:\.[0-9]+)*",
-    re.IGNORECASE,
+    r"(?=[0-9a-fA-F])(?:"
+    r"\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b"
+    r"|\b(?:0[xX])?(?=[a-fA-F]*[0-9])[0-9a-fA-F]{8,}\b"
+    r"|[0-9]+(?:\.[0-9]+)*)"
 )
 
 

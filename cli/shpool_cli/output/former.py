@@ -29,7 +29,7 @@ def first_key(path: Path) -> str | None:
         if path.suffix.lower() == ".csv":
             return _first_of_csv(path)
         return _first_of_lines(path)
-    except (ValueError, KeyError, TypeError, csv.Error):  # UnicodeDecodeError and ArrowInvalid are ValueErrors
+    except (ValueError, LookupError, TypeError, RecursionError, csv.Error):  # not UTF-8 and ArrowInvalid too
         return None
 
 

@@ -1,0 +1,108 @@
+"""Files on the bar and in the summary: jobs that have bytes."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from shpool_cli.reporting import Report
+from shpool_cli.summary import Summary
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from shpool.downloads import DownloadResult
+    from shpool.progress import Progress
+    from shpool_cli.output.records import Record
+    from shpool_cli.output.results import ResultWriter
+
+_THOUSAND = 1000
+
+
+@dataclass
+class FileSummary(Summary):
+    """What a run of downloads came to; its jobs are files.
+
+    Attributes:
+        present: Of the files that are done, those that were there already and are right.
+        bytes: Size of those that are done in this run, present ones included.
+        received: Bytes that were transferred for them.
+    """
+
+    _noun: ClassVar[str] = "file"
+
+    present: int = 0
+    bytes: int = 0
+    received: int = 0
+
+    def _amounts(self) -> list[str]:
+        return [shown_bytes(self.bytes), *([f"{self.present} were there"] if self.present else [])]
+
+
+class FileReport(Report):
+    """Write, count and show files; arguments are those of `Report`."""
+
+    def __init__(self, writer: ResultWriter, summary: FileSummary, bar: Progress) -> None:
+        super().__init__(writer, summary, bar)
+        self._files = summary
+
+    def tell(self, records: Sequence[Record]) -> None:
+        """Write and count records of this run, each with what ``file_of`` says."""
+        super().tell(records)
+        told = [json.loads(record.result) for record in records if record.result is not None]
+        with self._lock:
+            self._files.present += sum(each["was_there"] for each in told)
+            self._files.bytes += sum(each["bytes"] for each in told)
+            self._files.received += sum(each["received"] for each in told)
+
+
+class Traffic:
+    """Say for the bar how many bytes have come, and how fast.
+
+    Args:
+        summary: Where they are counted.
+        total: Bytes of all files; 0 where that is not known.
+    """
+
+    def __init__(self, summary: FileSummary, total: int) -> None:
+        self._summary = summary
+        self._total = total
+        self._began = time.monotonic()
+
+    def __call__(self) -> str:
+        """Return the words."""
+        summary = self._summary
+        of_all = f"/{shown_bytes(self._total)}" if self._total else ""
+        rate = summary.received / max(time.monotonic() - self._began, 1e-3)
+        return f"{shown_bytes(summary.bytes)}{of_all}, {shown_bytes(rate)}/s"
+
+
+def file_of(result: DownloadResult) -> dict[str, Any]:
+    """Return what the output says of a file that is done."""
+    from shpool.origins import shown_url
+
+    return {
+        "url": shown_url(result.url),
+        "path": result.path,
+        "bytes": result.bytes,
+        "received": result.received,
+        "was_there": result.status == "skipped",
+    }
+
+
+def shown_bytes(number: float) -> str:
+    """Return a number of bytes for people.
+
+    >>> shown_bytes(999), shown_bytes(1_234_567), shown_bytes(5e15)
+    ('999 B', '1.2 MB', '5000.0 TB')
+    """
+    if number < _THOUSAND:
+        return f"{number:.0f} B"
+    units = ["TB", "GB", "MB", "kB"]
+    number /= _THOUSAND
+    while number >= _THOUSAND and len(units) > 1:
+        number /= _THOUSAND
+        units.pop()
+    return f"{number:.1f} {units[-1]}"
