@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LONGEST = 64 * 1024  # characters of a message or traceback that travel; a log line is no way to move data
-_FIELDS = ("name", "levelno", "levelname", "pathname", "lineno", "funcName", "created", "msecs", "threadName")
+_FIELDS = ("name", "levelno", "pathname", "lineno", "funcName", "created", "msecs", "threadName")
 # Tokens that are not the present one: what stands after Bearer (RFC 6750, section 2.1), and JSON Web Tokens.
 _TOKEN_LIKE = re.compile(r"(?<=Bearer )[\w.~+/=-]{8,}|\beyJ[\w-]{8,}\.[\w-]+\.[\w-]*", re.IGNORECASE)
 
@@ -84,9 +84,9 @@ def deliver(data: bytes | memoryview, worker: int, task: str | None) -> None:
     """
     with contextlib.suppress(Exception):  # border: handlers are the user's
         fields = pickle.loads(data)
-        record = logging.makeLogRecord(
-            {**fields, "process": worker, "processName": f"worker-{worker}", "worker": worker, "task": task or ""}
-        )
+        fields |= {"levelname": logging.getLevelName(fields["levelno"])}  # as this process calls it
+        fields |= {"process": worker, "processName": f"worker-{worker}", "worker": worker, "task": task or ""}
+        record = logging.makeLogRecord(fields)
         receiver = logging.getLogger(record.name)
         if receiver.isEnabledFor(record.levelno):
             receiver.handle(record)

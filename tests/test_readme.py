@@ -49,7 +49,10 @@ def test_each_command_prints_what_stands_below_it(
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     config = tmp_path / "config" / "sentinelhub"
     config.mkdir(parents=True)
-    (config / "config.toml").write_text(f'[default-profile]\nsh_token_url = "{server.token_url}"\n')
+    (config / "config.toml").write_text(
+        f'[default-profile]\nsh_token_url = "{server.token_url}"\nsh_base_url = "{server.base_url}"\n'
+    )
+    (tmp_path / "files.txt").write_text("".join(f"{server.data_url(number, 10_000)}\n" for number in range(3)))
     env = child_env | {
         "SH_CLIENT_ID": server.client_id,
         "SH_CLIENT_SECRET": server.client_secret,
@@ -67,7 +70,7 @@ def test_each_command_prints_what_stands_below_it(
             )
             assert matches(expected, done.stdout), f"{command}\nprinted:\n{done.stdout}\nexpected:\n{expected}"
             ran += 1
-    assert ran == 8
+    assert ran == 11
 
 
 def test_the_two_commands_stand_there() -> None:
