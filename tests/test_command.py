@@ -198,3 +198,8 @@ def test_no_more_than_the_limit_is_kept(limit: int) -> None:
         capture.add(b"0123456789")
     kept = capture.text().replace(f"\n[{capture.dropped} bytes dropped]\n", "")
     assert len(kept) == limit // 2 * 2 == 200 - capture.dropped
+
+
+def test_a_timeout_of_years_is_one() -> None:
+    ended = run("true", timeout=1e9)
+    assert (ended.status, ended.is_late) == (0, False)

@@ -51,6 +51,7 @@ for round in 1 2 3; do
 done
 """
 _GRACE = 5.0  # s between SIGTERM and SIGKILL: GDAL and curl remove their half-written files in far less
+_LONGEST_WAIT = 86_400.0  # s at a time: epoll_wait(2) takes 2**31 ms at most
 _STEP = 0.02  # s between looks where the system cannot tell of an end by itself
 _READ = 64 * 1024  # bytes: a pipe's usual capacity, pipe(7)
 _LAST_READS = 16  # from each pipe once all is over; a process that got away may write for ever
@@ -252,6 +253,7 @@ class _Outputs:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 return False
+            left = None if left is None else min(left, _LONGEST_WAIT)
             wait = left if step is None else min(step, step if left is None else left)
             for key, _ in self._selector.select(wait):
                 if key.fd == self._end or not self._read(key.fd):
