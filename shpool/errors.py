@@ -302,8 +302,8 @@ class WorkerLostError(TaskError):
             parts.append(f", attempt {self.attempts}")
         if self.exitcode == -9:  # noqa: PLR2004 - SIGKILL, what the kernel's out-of-memory killer sends
             parts.append("; if the kernel ran out of memory, use fewer workers or smaller tasks")
-        else:
-            parts.append("; retries=1 would run it again on a fresh worker")
+        elif self.attempts == 1:
+            parts.append("; with more retries it would run again on a fresh worker")
         return "".join(parts)
 
 

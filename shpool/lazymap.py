@@ -14,12 +14,13 @@ import queue
 import time
 from collections import deque
 from concurrent import futures
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shpool.engines.base import NO_RETRIES, BatchResult, Engine, Task
 from shpool.engines.slot import Slot
 from shpool.errors import UnpicklableError
+from shpool.retry import summary_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -54,6 +55,10 @@ class MapOptions:
     task_timeout: float | None = None
 
     def __post_init__(self) -> None:
+        limit = self.timeout
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or math.isnan(limit)):
+            msg = f"timeout must be a number of seconds or None, not {limit!r}"
+            raise ValueError(msg)
         for name in ("chunksize", "buffersize"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -203,14 +208,25 @@ class LazyMap:
 
     def _submit(self, items: list[Any]) -> _Batch:
         if self._options.goes_singly:
-            return _Batch(items, self._submit_one(items[0], self._options.policy))
+            return _Batch(items, self._submit_one(items[0]))
         task = Task(self._fn, items, label=self._label, batch=True, star=self._star)
         return _Batch(items, self._engine.submit(task, Slot()))
 
-    def _submit_one(self, item: Any, policy: RetryPolicy) -> Future[Any]:  # noqa: ANN401 - the user's own items
+    def _submit_one(self, item: Any, failed: BaseException | None = None, delay: float = 0.0) -> Future[Any]:  # noqa: ANN401 - the user's own items
+        """Submit an item by itself; again, after so many seconds, when it has failed in its batch."""
         args = item if self._star else (item,)
+        history = () if failed is None else (summary_of(failed, 1),)
         return self._engine.submit(
-            Task(self._fn, args, label=self._label, policy=policy, timeout=self._options.task_timeout), Slot()
+            Task(
+                self._fn,
+                args,
+                label=self._label,
+                policy=self._options.policy,
+                timeout=self._options.task_timeout,
+                history=history,
+                delay=delay,
+            ),
+            Slot(),
         )
 
     def _results_of(self, batch: _Batch) -> Iterator[Any]:
@@ -231,25 +247,23 @@ class LazyMap:
             yield from self._mend(batch.items, outcome)
 
     def _mend(self, items: list[Any], outcome: BatchResult) -> Iterator[Any]:
-        policy = self._options.policy
-        fewer = replace(policy, retries=max(policy.retries - 1, 0))
         again: dict[int, Future[Any]] = {}
-        for index, error in outcome.errors.items():
-            if policy.retries and policy.retry_if(error):
-                again[index] = self._submit_one(items[index], fewer)
+        failed = dict(outcome.errors)
         if outcome.lost is not None and len(items) == 1:
-            if not policy.retries or not policy.retry_if(outcome.lost):
-                raise outcome.lost
-            again[0] = self._submit_one(items[0], fewer)
-        else:
-            for index in range(len(outcome.results), len(items)):
-                again[index] = self._submit_one(items[index], policy)
+            failed[0] = outcome.lost
+        for index, error in failed.items():
+            delay = self._options.policy.wait_before_retry(error, 1, time.time())
+            if delay is not None:
+                again[index] = self._submit_one(items[index], error, delay)
+        for index in range(len(outcome.results), len(items)):
+            if index not in failed:
+                again[index] = self._submit_one(items[index])
         try:
             for index in range(len(items)):
                 if index in again:
                     yield self._wait(again.pop(index))
-                elif index in outcome.errors:
-                    raise outcome.errors[index]
+                elif index in failed:
+                    raise failed[index]
                 else:
                     yield outcome.results[index]
         finally:

@@ -37,24 +37,26 @@ class RelayHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Pack the record and send it."""
         try:
-            data = self._pack(record)
+            fields = self._fields_of(record)
         except Exception:  # noqa: BLE001 - border: formatting runs the arguments' own code
+            record.msg, record.args = self._clean(str(record.msg)), (MASK,)  # it is printed with what is wrong
             self.handleError(record)
             return
         try:
-            self._send(data)
+            self._send(pickle.dumps(fields, protocol=5))
         except OSError:
-            if logging.lastResort is not None:
-                logging.lastResort.handle(record)
+            here = logging.lastResort
+            if here is not None and record.levelno >= here.level:
+                here.handle(logging.makeLogRecord(fields))
 
-    def _pack(self, record: logging.LogRecord) -> bytes:
+    def _fields_of(self, record: logging.LogRecord) -> dict[str, Any]:
         fields: dict[str, Any] = {name: getattr(record, name, None) for name in _FIELDS}
         fields["msg"] = self._clean(record.getMessage())
         if record.exc_info:
             fields["exc_text"] = self._clean(logging.Formatter().formatException(record.exc_info))
         if record.stack_info:
             fields["stack_info"] = self._clean(record.stack_info)
-        return pickle.dumps(fields, protocol=5)
+        return fields
 
     def _clean(self, text: str) -> str:
         for secret in self._secrets():
@@ -82,7 +84,7 @@ def deliver(data: bytes | memoryview, worker: int, task: str | None) -> None:
         worker: The worker's process id.
         task: What it was running, None for nothing.
     """
-    with contextlib.suppress(Exception):  # border: handlers are the user's
+    with contextlib.suppress(Exception, SystemExit):  # border: handlers are the user's
         fields = pickle.loads(data)
         fields |= {"levelname": logging.getLevelName(fields["levelno"])}  # as this process calls it
         fields |= {"process": worker, "processName": f"worker-{worker}", "worker": worker, "task": task or ""}

@@ -132,6 +132,8 @@ class _Submitting(Executor, abc.ABC):
     ) -> Iterator[T]:
         """Yield ``fn`` of each item, in order; lazy and bounded, so infinite iterables are welcome.
 
+        Take the results before the pool ends: items beyond the window are not submitted yet.
+
         Args:
             fn: Called with one item of each iterable.
             *iterables: As for the built-in ``map``; the shortest ends it.
@@ -227,8 +229,8 @@ class AuthenticatedProcessPool(_Submitting):
         self._memory_name = memory_name
         self._setup = WorkerSetup(
             initializer,
-            tuple(initargs),
-            {**_thread_limits(self._workers), **(env or {})},
+            _checked_arguments(initargs),
+            {**_thread_limits(self._workers), **_checked_env(env)},
             _checked_level(log_level),
             _checked_limit("max_tasks_per_worker", max_tasks_per_worker),
             _checked_limit("max_worker_memory", max_worker_memory),
@@ -449,6 +451,21 @@ class PoolView(_Submitting):
     def _running_engine(self) -> Engine:
         return self._pool._running_engine()  # noqa: SLF001 - the pool's own view
 
+    def __enter__(self) -> Self:
+        """Start the pool this is a view of; see there."""
+        self._pool.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the pool this is a view of; see there."""
+        self._pool.__exit__(kind, error, trace)
+
+    def terminate(self, future: Future[Any] | None = None) -> bool:
+        """Stop one task, or the pool this is a view of; see there."""
+        return self._pool.terminate(future)
+
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002 - the Executor's signature
         """End the pool this is a view of."""
         self._pool.shutdown(wait, cancel_futures=cancel_futures)
@@ -489,10 +506,32 @@ def _checked_retries(retries: int) -> int:
 
 
 def _checked_timeout(timeout: float | None) -> float | None:
-    if timeout is not None and not timeout > 0:
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0):
         msg = f"timeout must be more than 0 seconds, or None, not {timeout!r}"
         raise ValueError(msg)
     return timeout
+
+
+def _checked_arguments(initargs: tuple[Any, ...]) -> tuple[Any, ...]:
+    try:
+        return tuple(initargs)
+    except TypeError:
+        msg = f"initargs must be a tuple of arguments, not {initargs!r}"
+        raise TypeError(msg) from None
+
+
+def _checked_env(env: Mapping[str, str] | None) -> dict[str, str]:
+    if env is None:
+        return {}
+    if not isinstance(env, Mapping):
+        msg = f"env must be a mapping of names to texts, not {env!r}"  # type: ignore[unreachable]  # callers without a type checker
+        raise TypeError(msg)
+    for name, value in env.items():
+        is_text = isinstance(name, str) and isinstance(value, str)
+        if not is_text or not name or "=" in name or "\0" in name + value:
+            msg = f"env must map names without = to texts without NUL, not {name!r} to {value!r}"
+            raise ValueError(msg)
+    return dict(env)
 
 
 def _checked_limit(name: str, limit: int | None) -> int | None:
@@ -515,6 +554,8 @@ def _checked_level(level: int | str | None) -> int | None:
         return None
     try:
         number = logging.Handler(level).level  # the one public way to check a level
+        if isinstance(level, bool) or number < 0:
+            raise ValueError  # noqa: TRY301 - as for any other that is none
     except (TypeError, ValueError):
         msg = f"log_level must be one of logging's levels or None, not {level!r}"
         raise ValueError(msg) from None

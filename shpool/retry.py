@@ -6,6 +6,7 @@ Pure arithmetic: nothing here sleeps. A retry is a loop over ``Backoff.delays()`
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import random
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from shpool.errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+logger = logging.getLogger(__name__)
 
 RetryAfterUnit = Literal["s", "ms"]
 
@@ -196,9 +199,16 @@ class RetryPolicy:
             attempt: Its number, from 1.
             now: Wall clock, which dates in ``Retry-After`` refer to.
         """
-        if attempt > self.retries or not self.retry_if(error):
+        if attempt > self.retries or not self._is_worth_it(error):
             return None
         return (retry_after_of(error, now, self.retry_after_unit) or 0.0) + self.backoff.delay(attempt - 1)
+
+    def _is_worth_it(self, error: BaseException) -> bool:
+        try:
+            return self.retry_if(error)
+        except Exception:
+            logger.exception("retry_if failed, so there is no other attempt")
+            return False
 
 
 def summary_of(error: BaseException, attempt: int) -> str:

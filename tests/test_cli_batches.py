@@ -220,7 +220,7 @@ def test_a_killed_run_is_finished_by_the_same_command(runs: Runs) -> None:
     assert runs.results == {number: number * 10 for number in range(60)}
     begun = Counter(runs.begun)
     assert all(begun[str(number)] == 1 for number in kept)
-    assert sum(begun.values()) - 60 <= 2, "only what ran at that moment runs twice"
+    assert sum(begun.values()) - 60 <= 6, "only what ran at that moment, or had ended just before, runs twice"
     assert (JournalView(runs.journal).summary().done, JournalView(runs.journal).summary().cut_off) == (60, 0)
 
 

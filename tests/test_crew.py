@@ -900,3 +900,128 @@ def test_a_retry_rule_that_raises_ends_the_task_with_its_own_error(caplog: pytes
         assert isinstance(error, ValueError)
         assert result(crew, double, 2) == 4
     assert "retry_if failed" in caplog.text
+
+
+# What a task leaves behind, and what goes wrong around it
+
+
+def spawn_and_wait(begun: str) -> None:
+    """Start a program that inherits every descriptor it can, as ``os.system`` does, and wait for it."""
+    sleeper = subprocess.Popen(["sleep", "600"], close_fds=False)
+    Path(f"{begun}.new").write_text(str(sleeper.pid))
+    Path(f"{begun}.new").rename(begun)
+    sleeper.wait()
+
+
+@pytest.mark.parametrize("way", ["timeout", "terminate"])
+def test_a_program_that_a_task_has_started_does_not_keep_its_worker_from_ending(tmp_path: Path, way: str) -> None:
+    begun = tmp_path / "begun"
+    with running(1) as crew:
+        ready(crew)
+        future = submit(crew, spawn_and_wait, str(begun), timeout=6.0 if way == "timeout" else None)
+        until(begun.exists)
+        sleeper = int(begun.read_text())
+        try:
+            if way == "terminate":
+                assert crew.terminate(future)
+            kind = TaskTimeoutError if way == "timeout" else TaskTerminatedError
+            assert isinstance(future.exception(PATIENCE), kind)
+            assert result(crew, double, 2) == 4
+            assert not is_gone(sleeper)
+        finally:
+            os.kill(sleeper, signal.SIGKILL)
+
+
+def log_and_fork(_: object = None) -> int:
+    """Fork while other threads log; the child logs too. Return how it ended."""
+    stop = threading.Event()
+
+    def talk() -> None:
+        while not stop.is_set():
+            logging.getLogger("task.noise").warning("x" * 1000)
+
+    threads = [threading.Thread(target=talk) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    codes = []
+    for _ in range(5):
+        child = os.fork()
+        if child == 0:
+            logging.getLogger("task.child").debug("hi")
+            logging.getLogger("task.child").warning("hi")
+            os._exit(0)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    return max(codes)
+
+
+def test_a_tasks_forked_child_can_log_while_others_do(caplog: pytest.LogCaptureFixture) -> None:
+    with running(1, WorkerSetup(log_level=logging.WARNING)) as crew:
+        assert result(crew, log_and_fork) == 0
+    assert "task.noise" in {record.name for record in caplog.records}
+
+
+def note_and_perhaps_die(folder: str, number: int) -> int:
+    """Leave a mark for this run; take a while; the seventh kills its process, once."""
+    (Path(folder) / f"{number}.{time.monotonic_ns()}").touch()
+    time.sleep(0.1)
+    if number == 7 and len(list(Path(folder).glob("7.*"))) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_of_a_lost_batch_only_what_had_no_result_yet_runs_again(tmp_path: Path) -> None:
+    """Results of calls that take a while travel before their batch ends."""
+    with running(1) as crew:
+        call = functools.partial(note_and_perhaps_die, str(tmp_path))
+        assert list(mapped(crew, call, range(10), chunksize=10)) == list(range(10))
+    runs = collections.Counter(path.name.split(".")[0] for path in tmp_path.iterdir())
+    assert runs == {str(number): 2 if number == 7 else 1 for number in range(10)}
+
+
+def test_a_batchs_parts_come_together_in_order() -> None:
+    with running(1) as crew:
+        batch = crew.submit(Task(crew.prepare(fail_or_nap), list(range(9)), batch=True)).result(PATIENCE)
+    assert [number for index, number in enumerate(batch.results) if index != 5] == [0, 1, 2, 3, 4, 6, 7, 8]
+    assert {index: type(error) for index, error in batch.errors.items()} == {5: ValueError}
+    assert batch.lost is None
+
+
+def fail_or_nap(number: int) -> int:
+    time.sleep(0.03)
+    return fail(number) if number == 5 else number
+
+
+def leave_a_thread(_: object = None) -> int:
+    """Start a thread that keeps the process from ending by itself."""
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    return os.getpid()
+
+
+def test_a_worker_that_cannot_end_by_itself_is_ended() -> None:
+    with running(1, WorkerSetup(max_tasks=1)) as crew:
+        first = result(crew, leave_a_thread)
+        until(lambda: is_gone(first))
+        assert crew.tally.workers_lost == 0
+
+
+def test_a_callback_that_exits_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    with running(1) as crew:
+        future = submit(crew, slow_pid, 0.05)
+        future.add_done_callback(lambda _: sys.exit(3))
+        assert future.result(PATIENCE)
+        assert result(crew, double, 3) == 6
+    assert "callback" in caplog.text
+
+
+def test_a_future_of_another_crew_is_left_alone() -> None:
+    with running(1) as crew, running(1) as other:
+        submit(other, time.sleep, 600)
+        future = submit(other, double, 1)
+        with pytest.raises(ValueError, match="no task of this pool"):
+            crew.terminate(future)
+        assert not future.cancelled()
+        with pytest.raises(ValueError, match="no task of this pool"):
+            crew.terminate(Future())

@@ -75,7 +75,7 @@ SAMPLES = [
     (TornBoardError("sh-session-token", "no consistent record"), "no consistent record"),
     (TaskError("it was lost"), "it was lost"),
     (WorkerLostError("load('a.tif')", 4711, -9, 2_000_000_000, 2), "fewer workers"),
-    (WorkerLostError("load('a.tif')", 4711, 3), "retries=1"),
+    (WorkerLostError("load('a.tif')", 4711, 3), "more retries"),
     (TaskTimeoutError("load('a.tif')", 2.0), "raise timeout="),
     (TaskTerminatedError("load('a.tif')"), "submit it again"),
     (UnpicklableError("result", "<lock>", "cannot pickle"), "cannot pickle"),

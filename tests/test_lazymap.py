@@ -367,7 +367,7 @@ def test_a_lost_batch_of_one_costs_one_of_the_retries() -> None:
     engine = running_engine(workers=1)
     engine.loses = [{0}]
     assert list(lazy(engine, itself, [0], retries=2).in_order()) == [0]
-    assert [task.retries for task, _ in engine.tasks] == [0, 1]
+    assert [(task.retries, len(task.history)) for task, _ in engine.tasks] == [(0, 0), (2, 1)]
 
 
 def test_a_lost_batch_of_one_fails_without_retries() -> None:
@@ -514,3 +514,31 @@ def test_the_input_is_pulled_in_the_consumers_own_thread() -> None:
 
     list(lazy(running_engine(), itself, source()).as_completed())
     assert pulling == {threading.current_thread()}
+
+
+def test_an_item_that_failed_in_its_batch_waits_for_its_next_attempt() -> None:
+    """As ``Retry-After`` asks, and as one attempt made."""
+
+    class BusyError(ConnectionError):
+        retry_after = 7.0
+
+    tried: list[int] = []
+
+    def busy(number: int) -> int:
+        tried.append(number)
+        if tried == [0, 1]:
+            raise BusyError
+        return number
+
+    engine = running_engine()
+    assert list(lazy(engine, busy, range(3), chunksize=3, retries=2).in_order()) == [0, 1, 2]
+    [again] = [task for task, _ in engine.tasks if not task.batch]
+    assert again.delay >= 7.0
+    assert [line.partition(":")[0] for line in again.history] == ["attempt 1"]
+    assert again.retries == 2
+
+
+@pytest.mark.parametrize("wrong", ["x", float("nan"), True])
+def test_a_timeout_must_be_a_number(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="timeout must be"):
+        MapOptions(timeout=wrong)

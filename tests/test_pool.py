@@ -1014,3 +1014,50 @@ def test_the_standard_output_of_workers_is_the_parents(script: Callable[..., Scr
             pool.submit(print, "from a worker").result()
     """).rest()
     assert lines == ["from a worker"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"env": "abc"}, TypeError),
+        ({"env": {"A": "x\0y"}}, ValueError),
+        ({"env": {"A=B": "x"}}, ValueError),
+        ({"env": {"A": 1}}, ValueError),
+        ({"initargs": 5}, TypeError),
+        ({"timeout": "1"}, ValueError),
+        ({"timeout": True}, ValueError),
+        ({"max_tasks_per_worker": 0}, ValueError),
+        ({"max_worker_memory": 1.5}, ValueError),
+        ({"retry_if": 3}, TypeError),
+        ({"log_level": -5}, ValueError),
+        ({"log_level": True}, ValueError),
+    ],
+    ids=str,
+)
+def test_a_wrong_argument_is_named(server: LoopbackServer, options: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error, match=next(iter(options))):
+        AuthenticatedProcessPool(session_at(server), 1, **options)
+
+
+@slow
+def test_a_view_ends_its_pool_as_the_pool_would(server: LoopbackServer, tmp_path: Path) -> None:
+    futures: list[Future[int]] = []
+
+    def work() -> None:
+        with AuthenticatedProcessPool(session_at(server), 1).options(retries=1) as view:
+            futures.append(view.submit(begin_and_wait, str(tmp_path / "begun"), "never"))
+            until((tmp_path / "begun").exists)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert isinstance(futures[0].exception(0), TaskTerminatedError)
+
+
+@slow
+def test_a_view_can_terminate_a_task(server: LoopbackServer, tmp_path: Path) -> None:
+    with AuthenticatedProcessPool(session_at(server), 1).options(timeout=600) as view:
+        future = view.submit(begin_and_wait, str(tmp_path / "begun"), "never")
+        until((tmp_path / "begun").exists)
+        assert view.terminate(future)
+        assert isinstance(future.exception(PATIENCE), TaskTerminatedError)

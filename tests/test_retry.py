@@ -253,3 +253,9 @@ def test_many_long_attempts_make_a_note_of_bounded_length() -> None:
 def test_a_shell_command_tells_by_its_status_whether_to_retry(error: ShellJobError, *, expected: bool) -> None:
     """Exit status 75 is EX_TEMPFAIL of sysexits.h; SIGKILL comes when memory is short."""
     assert is_retryable(error) is expected
+
+
+def test_a_rule_that_raises_means_no_other_attempt(caplog: pytest.LogCaptureFixture) -> None:
+    policy = RetryPolicy(3, retry_if=lambda error: bool(1 / 0))
+    assert policy.wait_before_retry(ConnectionError(), 1, 0.0) is None
+    assert "retry_if failed" in caplog.text

@@ -30,6 +30,8 @@ class Task:
         timeout: Seconds one attempt may take, None for no limit.
         batch: The future's result is a ``BatchResult``; each item is one call's argument.
         star: Each item of a batch is a tuple of arguments.
+        history: A line for each attempt that was made already, as part of a batch.
+        delay: Seconds until the next one.
     """
 
     fn: Any
@@ -40,6 +42,8 @@ class Task:
     timeout: float | None = None
     batch: bool = False
     star: bool = False
+    history: tuple[str, ...] = ()
+    delay: float = 0.0
 
     @property
     def retries(self) -> int:

@@ -152,10 +152,16 @@ class Crew:
             future.set_exception(UnpicklableError("arguments", shortened(content), f"{type(exc).__name__}: {exc}"))
             return future
         flight = Flight(task, next(self._numbers), task.fn, kind, payload, future)
+        future._shpool_engine = self  # type: ignore[attr-defined]  # noqa: SLF001 - so that terminate() knows its own
         with self._lock:
             self._refuse_if_over()
             self._ledger.open(flight)
-            self._dispatch.add(flight)
+            if task.history:
+                flight.history.extend(task.history)
+                self._ledger.wait(flight, task.delay)
+                self._ring()
+            else:
+                self._dispatch.add(flight)
             loaded = self._assign(fill=False)
             ring = task.timeout is not None or self._setup.max_tasks is not None  # the loop has something to watch
         if loaded or ring:
@@ -164,6 +170,9 @@ class Crew:
 
     def terminate(self, future: Future[Any]) -> bool:
         """Stop one task, at the cost of its worker if it is running."""
+        if getattr(future, "_shpool_engine", None) is not self:
+            msg = "this future is of no task of this pool"
+            raise ValueError(msg)
         if future.cancel():
             return True
         with self._lock:
@@ -179,10 +188,7 @@ class Crew:
                 self._stopped.append(waiting)
                 self._ring()
                 return True
-        if future.done():
-            return False
-        msg = "this future is of no task of this pool"
-        raise ValueError(msg)
+        return False  # it is getting its end at this moment
 
     def shutdown(self, *, cancel: bool = False, kill: bool = False) -> None:
         """Take no more tasks; see ``Engine.shutdown``. Returns at once."""
@@ -316,7 +322,7 @@ class Crew:
                 with self._lock:
                     self._members[member.fileno()] = member
         except OSError as exc:
-            if not self._members:
+            if not self._members and not self._launcher.has_launched:
                 self._fail_all(InitializerError(f"no worker process can be started: {exc}"))
             return
         self._poll.register(member.fileno(), select.POLLIN)
@@ -331,6 +337,7 @@ class Crew:
                 moments.append(self._launcher.not_before)
             if self._ledger.timed:
                 moments += [limit for limit, _ in self._limits()]
+            moments += [member.leaves_before for member in self._members.values() if member.is_leaving]
             moments += [member.head_since + STUCK_AFTER for member in self._waited_for()]
         return max(0.0, min(moments) - now) * 1000 + (min(moments) > now)
 
@@ -395,7 +402,7 @@ class Crew:
             self._put_back(member.take_back(load(message.payload)))
         if message.kind == Kind.GREW:
             member.is_retiring = True
-        if message.kind == Kind.LOG:
+        if message.kind in {Kind.LOG, Kind.PART}:
             return member.flights[0] if member.flights else None
         if message.kind not in {Kind.RESULT, Kind.ERROR}:
             return None
@@ -410,6 +417,8 @@ class Crew:
         """Act on a message; outside the lock."""
         if message.kind == Kind.LOG:
             deliver(message.payload, member.pid, flight.task.label if flight is not None else None)
+        elif flight is not None and message.kind == Kind.PART:
+            self._ledger.take_part(flight, message)
         elif flight is not None:
             self._ledger.take_answer(flight, message)
         elif message.kind == Kind.REFUSED:
@@ -486,7 +495,9 @@ class Crew:
         """Tell workers that have done their share to go; under the lock."""
         for member in self._members.values():
             if member.is_retiring and not member.flights and not member.is_leaving:
-                member.dismiss()
+                member.dismiss(_STOP_WITHIN)
+            elif member.leaves_before <= time.monotonic():  # a thread that a task has left keeps it
+                member.kill()
 
     def _fail_all(self, error: Exception) -> None:
         """The pool is beyond help: all its futures get this error, and so does every later submit."""
@@ -513,7 +524,7 @@ class Crew:
             if member.flights or not member.is_ready:
                 member.kill()
             else:
-                member.dismiss()
+                member.dismiss(_STOP_WITHIN)
                 member.flush()
         for flight in running:
             self._ledger.settle(flight, self._ending_of(flight))

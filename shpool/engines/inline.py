@@ -112,7 +112,10 @@ class Inline:
             self.tally.done += 1
 
     def _run(self, task: Task) -> object:
-        history: list[str] = []
+        history = list(task.history)
+        if history:
+            self.tally.retried += 1
+            time.sleep(task.delay)
         while True:
             attempt = len(history) + 1
             try:

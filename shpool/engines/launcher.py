@@ -38,6 +38,7 @@ class Launcher:
 
     Attributes:
         not_before: When the next launch may come, by ``time.monotonic``.
+        has_launched: A process could be started, once at least.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Launcher:
         self._blanked = blanked
         self._landing = memoryview(bytearray(RECEIVE_SIZE))  # where what all workers send arrives
         self.not_before = 0.0
+        self.has_launched = False
         self._false_starts: list[float] = []  # when workers ended that had not been ready, since one last was
         self._was_ready = False  # any worker, ever
 
@@ -59,11 +61,13 @@ class Launcher:
             OSError: The system starts no more processes or opens no more descriptors; the next launch must wait.
         """
         try:
-            return Member.launch(self._board, self._setup, self._pickled_setup, self._blanked(), self._landing)
+            member = Member.launch(self._board, self._setup, self._pickled_setup, self._blanked(), self._landing)
         except OSError as exc:
             logger.warning("a worker process cannot be started: %s; next attempt in %.0f s", exc, _PAUSE)
             self.not_before = time.monotonic() + _PAUSE
             raise
+        self.has_launched = True
+        return member
 
     def note_ready(self) -> None:
         """Take note that a worker is ready."""

@@ -5,6 +5,7 @@ Whatever an attempt came to, it ends here in one of two ways: the future gets it
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING, Any
@@ -64,11 +65,14 @@ class Ledger:
 
     def settle(self, flight: Flight, error: BaseException | None, result: object = None) -> None:
         """Give the future its end."""
-        if error is None:
-            flight.future.set_result(result)
-        else:
-            carry_attempts(error, flight.history)
-            flight.future.set_exception(error)
+        try:
+            if error is None:
+                flight.future.set_result(result)
+            else:
+                carry_attempts(error, flight.history)
+                flight.future.set_exception(error)
+        except BaseException:  # border: concurrent.futures lets a callback's SystemExit through
+            logger.exception("a callback of the future of %s has failed", flight.task.label)
         with self._lock:
             self.tally.done += error is None
             self.tally.failed += error is not None
@@ -99,41 +103,47 @@ class Ledger:
         try:
             result = load(message.payload)
             if flight.task.batch:
-                results, errors = result
-                errors = {index: load_error(pickled) for index, pickled in errors.items()}
-                result = BatchResult(results, errors, message.seconds)
+                self._take_part(flight, result, message.seconds)
+                result = BatchResult(flight.results, flight.errors, flight.seconds)
         except BaseException as exc:  # noqa: BLE001 - border: unpickling runs the result's own code
             reason = f"it cannot be unpickled in the parent: {type(exc).__name__}: {exc}"
             self.settle(flight, UnpicklableError("result", f"the result of {flight.task.label}", reason))
         else:
             self.settle(flight, None, result)
 
+    def take_part(self, flight: Flight, message: Message) -> None:
+        """Keep the first results of a batch, so that they need not come again if its worker is lost."""
+        with contextlib.suppress(Exception):  # border: what cannot be unpickled here runs again by itself
+            self._take_part(flight, load(message.payload), message.seconds)
+
+    @staticmethod
+    def _take_part(flight: Flight, part: tuple[list[Any], dict[int, bytes]], seconds: float) -> None:
+        results, errors = part
+        before = len(flight.results)
+        flight.errors |= {before + index: load_error(pickled) for index, pickled in errors.items()}
+        flight.results += results
+        flight.seconds += seconds
+
     def take_loss(self, flight: Flight, error: TaskError) -> None:
         """Act on the end of the worker that was running a flight."""
         if flight.task.batch and isinstance(error, WorkerLostError):
-            self.settle(flight, None, BatchResult([], {}, 0.0, lost=error))
+            self.settle(flight, None, BatchResult(flight.results, flight.errors, flight.seconds, lost=error))
         else:
             self._take_error(flight, error)
 
     def _take_error(self, flight: Flight, error: BaseException) -> None:
         attempt = len(flight.history) + 1
-        delay = self._wait_before_retry(flight, error, attempt)
+        delay = None if self.is_closed else flight.task.policy.wait_before_retry(error, attempt, time.time())
         if delay is None:
             self.settle(flight, error)
             return
         flight.history.append(summary_of(error, attempt))
         with self._lock:
-            self.tally.retried += 1
-            self._dispatch.delay(flight, time.monotonic() + delay)
-        text = "%s failed with %s; attempt %d of %d in %.1f s"
-        most = flight.task.policy.retries + 1
-        logger.warning(text, flight.task.label, type(error).__name__, attempt + 1, most, delay)
+            self.wait(flight, delay)
 
-    def _wait_before_retry(self, flight: Flight, error: BaseException, attempt: int) -> float | None:
-        if self.is_closed:
-            return None
-        try:
-            return flight.task.policy.wait_before_retry(error, attempt, time.time())
-        except Exception:
-            logger.exception("retry_if failed, so %s gets no other attempt", flight.task.label)
-            return None
+    def wait(self, flight: Flight, delay: float) -> None:
+        """Let a flight wait for its next attempt; under the lock."""
+        self.tally.retried += 1
+        self._dispatch.delay(flight, time.monotonic() + delay)
+        attempt, most = len(flight.history) + 1, flight.task.policy.retries + 1
+        logger.warning("%s: attempt %d of %d in %.1f s %s", flight.task.label, attempt, most, delay, flight.history[-1])

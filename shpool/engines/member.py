@@ -57,6 +57,9 @@ class Flight:
     payload: bytes
     future: Future[Any]
     history: list[str] = field(default_factory=list)  # a line for each attempt that failed
+    results: list[Any] = field(default_factory=list)  # of a batch, as far as they have come
+    errors: dict[int, BaseException] = field(default_factory=dict)  # likewise, by index
+    seconds: float = 0.0  # these have taken
     is_running: bool = False
     is_unwanted: bool = False  # terminate() was called for it
     was_unread: bool = False
@@ -85,6 +88,7 @@ class Member:
         calls_left: How many calls may still be sent to it.
         is_retiring: It gets no more tasks and is to end.
         is_leaving: It was told to end.
+        leaves_before: When it is killed if it has not, by ``time.monotonic``.
         peak_memory: Most bytes of memory it ever held, None when unknown; there once it was reaped.
         died_unread: The worker ended before it had read all that was sent: it has not begun the last flight.
     """
@@ -116,6 +120,7 @@ class Member:
         self.died_unread = False
         self.calls_left = math.inf if most_calls is None else most_calls
         self.is_retiring = self.is_leaving = False
+        self.leaves_before = math.inf
         self.peak_memory: int | None = None
         self._parents_peak = _own_peak_memory()
 
@@ -266,8 +271,9 @@ class Member:
         self.calls_left += sum(flight.task.calls for flight in returned)
         return returned
 
-    def dismiss(self) -> None:
-        """Put the message that ends the worker."""
+    def dismiss(self, within: float) -> None:
+        """Put the message that ends the worker, which it may take so many seconds for."""
+        self.leaves_before = time.monotonic() + within
         self.is_retiring = self.is_leaving = True
         self.put(encode(Kind.STOP))
 

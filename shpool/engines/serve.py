@@ -1,11 +1,11 @@
 """The lifeline: its wire format, and the worker's end of it.
 
 A message is a header and a payload. Parent to worker: FUNCTION, FORGET (all functions), CALL, BATCH, STOP. Worker to
-parent: READY, UNFIT (the initializer failed), RESULT, ERROR, REFUSED (a generation), RETURNED (calls not begun), LOG
-(a record), GREW (the worker holds more memory than it may; the number says how much). The header's ``key`` is a
-function's digest, its ``seconds`` the time a call took. The end of the stream tells either side that the other is
-gone. Beside the stream stands a pipe on which the parent asks for what was not begun: it is heard in the middle of a
-task too.
+parent: READY, UNFIT (the initializer failed), RESULT, ERROR, PART (the first results of a batch), REFUSED (a
+generation), RETURNED (calls not begun), LOG (a record), GREW (the worker holds more memory than it may; the number says
+how much). The header's ``key`` is a function's digest, its ``seconds`` the time a call took. The end of the stream
+tells either side that the other is gone. Beside the stream stands a pipe on which the parent asks for what was not
+begun: it is heard in the middle of a task too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from shpool.shared import SharedSession, adopt_session
 from shpool.worker import call, call_each, dump, dump_each, dump_error, load
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from shpool.board import BoardHandle, BoardReader
     from shpool.engines.base import WorkerSetup
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 HEADER = struct.Struct("=QBQ16sd")  # payload's length, kind, call number, function's digest, seconds
 NO_KEY = bytes(16)
 RECEIVE_SIZE = 256 * 1024  # bytes a read asks for
+_PART_AFTER = 0.05  # s of a batch's results that a lost worker may take along
+_SLICE_GROWTH = 8  # times; of a batch that proves to be of tiny calls
 _MEMORY_LOOK = 0.05  # s between two looks at the memory in use, each of which costs 10 µs
 _PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 LARGE = 64 * 1024  # bytes from which a payload is spared every copy that can be spared
@@ -60,6 +62,7 @@ class Kind(enum.IntEnum):
     RETURNED = 12
     LOG = 13
     GREW = 14
+    PART = 15
 
 
 class Message(NamedTuple):
@@ -173,7 +176,11 @@ class LifelineHandle:
 
 
 def _handed_over(end: Any, recalled: Any) -> Lifeline:  # noqa: ANN401 - multiprocessing's DupFd has no type
-    return Lifeline(socket.socket(fileno=end.detach()), recalled.detach())
+    ours, pipe = socket.socket(fileno=end.detach()), recalled.detach()
+    # DupFd's are inheritable. What a task starts by os.system() would keep them open, and stand for a living worker.
+    ours.set_inheritable(False)
+    os.set_inheritable(pipe, False)
+    return Lifeline(ours, pipe)
 
 
 class Lifeline:
@@ -235,9 +242,14 @@ class Lifeline:
         self.send(Kind.LOG, payload=record)
 
     def let_go(self) -> None:
-        """Close a forked child's copy."""
-        os.close(self._end.detach())
-        os.close(self._recalled)
+        """Close a forked child's copy; a thread that is not in the child may have held the locks."""
+        self._writing, self._reading = threading.RLock(), threading.Lock()
+        self._is_writing = False
+        self._postponed.clear()
+        if self._recalled >= 0:  # else this is a child's child
+            os.close(self._end.detach())
+            os.close(self._recalled)
+            self._recalled = -1
 
     def watch(self) -> None:
         """Heed the parent whatever the main thread does: end with it, give back what it asks for; runs in a thread."""
@@ -346,7 +358,7 @@ def serve(lifeline: Lifeline, max_memory: int | None = None) -> None:
             return
         else:
             begun = time.perf_counter()
-            done, payload = _run(functions, message)
+            done, payload, begun = _run(functions, message, lifeline, begun)
             kind = Kind.RESULT if done else Kind.ERROR
             ended = time.perf_counter()
             lifeline.send(kind, message.number, payload, seconds=ended - begun)
@@ -368,20 +380,45 @@ def resident_memory() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
-def _run(functions: dict[bytes, bytes | Callable[..., Any]], message: Message) -> tuple[bool, bytes]:
+def _run(
+    functions: dict[bytes, bytes | Callable[..., Any]], message: Message, lifeline: Lifeline, begun: float
+) -> tuple[bool, bytes, float]:
+    """Return whether it went well, what to send, and since when that took."""
     try:
         fn = functions[message.key]
         if isinstance(fn, bytes):
             fn = functions[message.key] = load(fn)
     except BaseException as exc:  # noqa: BLE001 - border: unpickling imports the user's modules
-        return False, _unreadable("function", exc)
+        return False, _unreadable("function", exc), begun
     try:
         args = load(message.payload)
     except BaseException as exc:  # noqa: BLE001 - border: unpickling runs the arguments' own code
-        return False, _unreadable("arguments", exc)
+        return False, _unreadable("arguments", exc), begun
     if message.kind == Kind.CALL:
-        return call(fn, *args)
-    return True, dump_each(*call_each(fn, args, star=message.kind == Kind.BATCH_STAR))
+        return *call(fn, *args), begun
+    return _run_batch(fn, args, message, lifeline, begun)
+
+
+def _run_batch(
+    fn: Callable[..., Any], items: Sequence[Any], message: Message, lifeline: Lifeline, begun: float
+) -> tuple[bool, bytes, float]:
+    """Call the function on each item; what has taken a while is sent ahead, lest it is lost with the rest."""
+    results: list[Any] = []
+    errors: dict[int, bytes] = {}
+    start, size, looked = 0, 1, begun
+    while True:
+        some, wrong = call_each(fn, items[start : start + size], star=message.kind == Kind.BATCH_STAR)
+        errors |= {len(results) + index: error for index, error in wrong.items()}
+        results += some
+        start += size
+        if start >= len(items):
+            return True, dump_each(results, errors), begun
+        now = time.perf_counter()
+        size = max(1, min(size * _SLICE_GROWTH, int(size * _PART_AFTER / max(now - looked, 1e-9))))
+        looked = now
+        if now - begun >= _PART_AFTER:
+            lifeline.send(Kind.PART, message.number, dump_each(results, errors), seconds=now - begun)
+            results, errors, begun = [], {}, now
 
 
 def _unreadable(what: str, error: BaseException) -> bytes:

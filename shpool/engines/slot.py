@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -12,6 +13,15 @@ if TYPE_CHECKING:
 
 _PENDING, _RUNNING, _CANCELLED, _DONE = range(4)
 _turn = threading.Lock()  # guards the step from pending to running or cancelled, of all slots
+
+
+def _renew_lock() -> None:
+    """Run in a forked child: a thread that is not there may have held it."""
+    global _turn  # noqa: PLW0603 - one for all
+    _turn = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 class Slot(Future[Any]):

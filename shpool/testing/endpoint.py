@@ -163,11 +163,15 @@ class _Connection(asyncio.Protocol):
 
 async def _accepted() -> None:
     """Wait until connections that are being accepted are made: only then can they be closed."""
-    for _ in range(3):  # turns of the loop: a call to accept may be due, and makes a task
+    quiet = 0  # turns of the loop in a row: a call to accept may be due, and makes a task
+    for _ in range(100):
         await asyncio.sleep(0)
         under_way = asyncio.all_tasks() - {asyncio.current_task()}
         if under_way:
-            await asyncio.wait(under_way, timeout=1.0)
+            await asyncio.wait(under_way, timeout=0.1)
+        quiet = 0 if under_way else quiet + 1
+        if quiet > 2:  # noqa: PLR2004 - the call, the task it makes, the connection that makes
+            return
 
 
 def _bound_socket(port: int) -> socket.socket:

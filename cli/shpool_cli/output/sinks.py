@@ -183,4 +183,8 @@ def refuse_content(path: Path) -> None:
 def unwritable(name: str, exc: OSError) -> CommandError:
     """Return the error for an output that takes no more."""
     message = f"cannot write results to {name}: {exc.strerror or exc}"
-    return CommandError(message, "the jobs after this one were not recorded", ExitCode.FAILED)
+    return CommandError(
+        message,
+        "mend that and run the same command again; without --journal the jobs after this one are lost",
+        ExitCode.FAILED,
+    )
