@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
-import sys
 from typing import TYPE_CHECKING, BinaryIO
 
-from shpool_cli.console import CommandError, ExitCode
+from shpool_cli.console import CommandError
 from shpool_cli.credentials import make_session
 from shpool_cli.filelist import Files
 from shpool_cli.filerun import Ends, FileRun
 from shpool_cli.inputs import open_input
-from shpool_cli.output.former import first_key
+from shpool_cli.journaling import opened_journal, opened_output
 from shpool_cli.output.records import recalled
 from shpool_cli.output.results import open_output
-from shpool_cli.stopping import code_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from shpool.journal import Ended, Journal, JournalView
+    from shpool.journal import Journal
     from shpool_cli.filereport import FileReport, FileSummary
     from shpool_cli.filerun import Order
     from shpool_cli.output.records import Record
@@ -47,9 +44,11 @@ def carry_out(order: Order, stdout: BinaryIO, summary: FileSummary) -> None:
         told: list[FileReport] = []
         journal = None
         if order.journal is not None:
-            journal = journals.enter_context(_opened(order.journal, order, files.count, told, summary))
+            journal = journals.enter_context(
+                opened_journal(order.journal, order.target, told, summary, jobs=files.count, fresh=order.fresh)
+            )
         if writer is None:
-            writer = outputs.enter_context(_opened_output(order.output, stdout, journal))
+            writer = outputs.enter_context(opened_output(order.output, stdout, journal))
         before, left = _catch_up(order, files, writer, journal)
         if session is not None and left:
             FileRun(order, files, session, Ends(writer, journal, told, before), summary).carry()
@@ -67,51 +66,6 @@ def _check_folder(folder: Path) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
         msg = f"the folder {folder} cannot be written to"
         raise CommandError(msg, "give another --to, or change its mode")
-
-
-# The journal
-
-
-@contextlib.contextmanager
-def _opened(path: Path, order: Order, count: int, told: list[FileReport], summary: FileSummary) -> Iterator[Journal]:
-    """Open the journal; what it makes durable goes to the first of the reports, once there is one."""
-    from shpool.journal import Journal
-
-    def tell(ended: list[Ended]) -> None:
-        told[0].tell([recalled(index, each.record) for each in ended for index in each.indexes])
-
-    command = shlex.join(["shpool", *sys.argv[1:]])
-    with Journal(path, order.target, fresh=order.fresh, command=command, on_durable=tell) as journal:
-        journal.note(jobs=count)
-        try:
-            yield journal
-        except BaseException as stop:
-            journal.note(exit_code=code_of(stop))
-            raise
-        journal.note(exit_code=ExitCode.FAILED if summary.failed or summary.halted else ExitCode.OK)
-
-
-def _opened_output(
-    output: Path | None, stdout: BinaryIO, journal: Journal | None
-) -> contextlib.AbstractContextManager[ResultWriter]:
-    """Open the output of a run that goes on with a journal; it may hold the results of former ones."""
-    from shpool.journal import JournalView
-
-    if output is None or journal is None or not output.is_file():
-        return open_output(output, stdout)
-    if not _is_former(output, JournalView(journal.path)):
-        msg = f"{output} exists and is no output of the runs in {journal.path}"
-        raise CommandError(msg, "choose another --output, or remove the file")
-    return open_output(output, stdout, replace=True)
-
-
-def _is_former(output: Path, view: JournalView) -> bool:
-    try:
-        key = first_key(output)
-    except OSError as exc:
-        msg = f"{output} cannot be read: {exc.strerror}"
-        raise CommandError(msg, "choose another --output") from None
-    return key is not None and (not key or view.record(key) is not None)
 
 
 def _catch_up(order: Order, files: Files, writer: ResultWriter, journal: Journal | None) -> tuple[int, int]:

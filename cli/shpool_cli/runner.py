@@ -5,28 +5,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import shlex
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
-from shpool_cli.console import CommandError, ExitCode
 from shpool_cli.credentials import log_in_patiently, make_session
 from shpool_cli.foresight import foresee
 from shpool_cli.inputs import open_input
+from shpool_cli.journaling import opened_journal, opened_output
 from shpool_cli.order import Order, Work, check_work, function_of
-from shpool_cli.output.former import first_key
 from shpool_cli.output.records import recalled, recorded
 from shpool_cli.output.results import open_output
 from shpool_cli.reporting import Report
-from shpool_cli.stopping import Stopper, code_of
+from shpool_cli.stopping import Stopper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from shpool.jobs import Job, JobResult
-    from shpool.journal import Ended, Journal, JournalView
+    from shpool.journal import Journal
     from shpool.pool import AuthenticatedProcessPool
     from shpool.session import OAuthSession
     from shpool_cli.output.records import Record
@@ -60,52 +56,19 @@ def carry_out(order: Order, stdout: BinaryIO, summary: Summary) -> None:
             if work.count and not order.only_failed:
                 session()
         told: list[Report] = []
-        journal = journals.enter_context(_opened(work, told, summary)) if order.journal is not None else None
+        journal = None
+        if order.journal is not None:
+            journal = journals.enter_context(
+                opened_journal(order.journal, str(function), told, summary, jobs=work.count, fresh=order.fresh)
+            )
         if writer is None:
-            writer = outputs.enter_context(_opened_output(order.output, stdout, journal))
+            writer = outputs.enter_context(opened_output(order.output, stdout, journal))
         former = _catch_up(work, writer, journal, session)
         if former.left:
             _run_jobs(work, session(), _Ends(writer, journal, told, former), summary)
         else:  # nothing to do is no reason to log in
             summary.jobs, summary.before = work.count, former.done
             summary.skipped = work.count - former.done
-
-
-# The journal
-
-
-@contextlib.contextmanager
-def _opened(work: Work, told: list[Report], summary: Summary) -> Iterator[Journal]:
-    """Open the journal; what it makes durable goes to the first of the reports, once there is one."""
-    from shpool.journal import Journal
-
-    def tell(ended: list[Ended]) -> None:
-        told[0].tell([recalled(index, each.record) for each in ended for index in each.indexes])
-
-    path, order = work.order.journal, work.order
-    command = shlex.join(["shpool", *sys.argv[1:]])
-    with Journal(path or "", str(work.function), fresh=order.fresh, command=command, on_durable=tell) as journal:
-        journal.note(jobs=work.count)
-        try:
-            yield journal
-        except BaseException as stop:
-            journal.note(exit_code=code_of(stop))
-            raise
-        journal.note(exit_code=ExitCode.FAILED if summary.failed or summary.halted else ExitCode.OK)
-
-
-def _opened_output(
-    output: Path | None, stdout: BinaryIO, journal: Journal | None
-) -> contextlib.AbstractContextManager[ResultWriter]:
-    """Open the output of a run that goes on with a journal; it may hold the results of former ones."""
-    from shpool.journal import JournalView
-
-    if output is None or journal is None or not output.is_file():
-        return open_output(output, stdout)
-    if not _is_former(output, JournalView(journal.path)):
-        msg = f"{output} exists and is no output of the runs in {journal.path}"
-        raise CommandError(msg, "choose another --output, or remove the file")
-    return open_output(output, stdout, replace=True)
 
 
 @dataclass
@@ -152,15 +115,6 @@ def _catch_up(
 
     writer.catch_up(before())
     return former
-
-
-def _is_former(output: Path, view: JournalView) -> bool:
-    try:
-        key = first_key(output)
-    except OSError as exc:
-        msg = f"{output} cannot be read: {exc.strerror}"
-        raise CommandError(msg, "choose another --output") from None
-    return key is not None and (not key or view.record(key) is not None)
 
 
 # Running
