@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from shpool.errors import ShpoolError
-from shpool.halting import HaltPolicy  # noqa: TC001 - typer reads the annotations
-from shpool_cli.console import CommandError, ExitCode, private_stdout, report, say
 from shpool_cli.credentials import (
     ClientIdOption,
     LoginOptions,
@@ -20,11 +16,25 @@ from shpool_cli.credentials import (
     TokenUrlOption,
 )
 from shpool_cli.downloading import carry_out
+from shpool_cli.ending import say_how_to_go_on, see_through
 from shpool_cli.filereport import FileSummary
 from shpool_cli.filerun import Order
-from shpool_cli.inputs import Format  # noqa: TC001 - typer reads the annotations
-from shpool_cli.options import at_least, duration, halt_policy
-from shpool_cli.stopping import code_of
+from shpool_cli.options import (
+    FormatOption,
+    FreshOption,
+    HaltOption,
+    JournalOption,
+    JsonOption,
+    LimitOption,
+    MaxTimeOption,
+    OnlyFailedOption,
+    OutputOption,
+    ProgressOption,
+    WorkersOption,
+    at_least,
+    check_journal,
+    duration,
+)
 
 
 def download(  # noqa: PLR0913 - options of a command line
@@ -36,17 +46,7 @@ def download(  # noqa: PLR0913 - options of a command line
     folder: Annotated[
         Path, typer.Option("--to", metavar="DIR", help="Where files go; made if need be. Nothing is written outside.")
     ],
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers",
-            "-w",
-            parser=at_least(1),
-            metavar="INTEGER",
-            help="Worker processes, at least 1.",
-            show_default="one per processor",
-        ),
-    ] = None,
+    workers: WorkersOption = None,
     connections: Annotated[
         int,
         typer.Option(
@@ -85,66 +85,21 @@ def download(  # noqa: PLR0913 - options of a command line
             show_default="REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE, SSL_CERT_FILE, else certifi's",
         ),
     ] = None,
-    halt: Annotated[
-        HaltPolicy,
-        typer.Option(
-            "--halt",
-            parser=halt_policy,
-            metavar="never|soon|now[,fail=N|N%]",
-            help="When files fail: go on; begin nothing new; or stop what runs, too. After the first failure, after N, "
-            "or after N percent of all files.",
-            show_default="never",
-        ),
-    ] = "never",  # type: ignore[assignment]  # typer parses defaults too
-    max_time: Annotated[
-        float | None,
-        typer.Option(
-            "--max-time", parser=duration, metavar="TIME", help="Begin nothing after this time: 90, 15m, 48h."
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            "--limit", parser=at_least(1), metavar="INTEGER", help="Fetch so many files at most.", show_default="all"
-        ),
-    ] = None,
-    journal: Annotated[
-        Path | None,
-        typer.Option(
-            "--journal",
-            "-j",
-            metavar="FILE",
-            help="Remember in this file which files are done; the same command then skips them without a look.",
-        ),
-    ] = None,
-    only_failed: Annotated[
-        bool, typer.Option("--only-failed", help="Fetch only files that failed in an earlier run with this journal.")
-    ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Empty the journal first.")] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="File for the results, .jsonl, .csv or .parquet; one that holds something else than results of an "
-            "earlier run with this journal is refused.",
-            show_default="standard output",
-        ),
-    ] = None,
-    form: Annotated[
-        Format | None, typer.Option("--format", help="How to read INPUT.", show_default="by suffix")
-    ] = None,
-    progress: Annotated[
-        bool | None, typer.Option("--progress/--no-progress", help="Bar on stderr.", show_default="on a terminal")
-    ] = None,
+    halt: HaltOption = "never",  # type: ignore[assignment]  # typer parses defaults too
+    max_time: MaxTimeOption = None,
+    limit: LimitOption = None,
+    journal: JournalOption = None,
+    only_failed: OnlyFailedOption = False,
+    fresh: FreshOption = False,
+    output: OutputOption = None,
+    form: FormatOption = None,
+    progress: ProgressOption = None,
     profile: ProfileOption = None,
     token_url: TokenUrlOption = None,
     client_id: ClientIdOption = None,
     client_secret_file: SecretFileOption = None,
     scope: ScopeOption = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Summary as one JSON object: on stdout with --output, else on stderr.")
-    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Fetch files into a folder, many at once, in workers that share a login.
 
@@ -186,48 +141,12 @@ def download(  # noqa: PLR0913 - options of a command line
         progress=progress,
         login=LoginOptions(profile, token_url, client_id, client_secret_file, scope),
     )
-    _check(order)
-    raise typer.Exit(_fetch(order, as_json=as_json))
-
-
-def _fetch(order: Order, *, as_json: bool) -> int:
-    """Fetch the files, say what it came to, and return the exit code."""
+    check_journal(journal, source, output, fresh=fresh, only_failed=only_failed)
+    if ca_bundle is not None and not ca_bundle.is_file():
+        msg = f"--ca-bundle {ca_bundle} is no file"
+        raise typer.BadParameter(msg)
     summary = FileSummary()
-    began = time.monotonic()
-    with private_stdout() as stdout:
-        try:
-            carry_out(order, stdout, summary)
-            if summary.failed or summary.halted:
-                summary.exit_code = ExitCode.FAILED
-        except (KeyboardInterrupt, SystemExit, ShpoolError, CommandError) as stop:
-            if summary.jobs is None:
-                raise
-            if isinstance(stop, (ShpoolError, CommandError)):
-                report(stop)
-            summary.exit_code = code_of(stop)
-        summary.seconds = round(time.monotonic() - began, 3)
-        summary.tell(stdout if order.output is not None else None, as_json=as_json)
-        if not summary.is_complete:
-            same = "the same command without --fresh" if order.fresh else "the same command"
-            more = "" if order.journal is None else f"; shpool status {order.journal} tells more"
-            say(f"hint: {same} goes on where this one ended{more}")
-    return summary.exit_code
-
-
-def _check(order: Order) -> None:
-    """Refuse options that make no sense together, or name what cannot be read."""
-    for name, is_given in (("--only-failed", order.only_failed), ("--fresh", order.fresh)):
-        if is_given and order.journal is None:
-            msg = f"{name} goes with --journal"
-            raise typer.BadParameter(msg)
-    if order.only_failed and order.fresh:
-        msg = "--only-failed needs what --fresh throws away"
-        raise typer.BadParameter(msg)
-    if order.ca_bundle is not None and not order.ca_bundle.is_file():
-        msg = f"--ca-bundle {order.ca_bundle} is no file"
-        raise typer.BadParameter(msg)
-    others = {"INPUT": None if order.source == "-" else Path(order.source), "--output": order.output}
-    for name, path in others.items():
-        if order.journal is not None and path is not None and path.resolve() == order.journal.resolve():
-            msg = f"--journal and {name} are the same file, {path}"
-            raise typer.BadParameter(msg)
+    see_through(lambda stdout: carry_out(order, stdout, summary), summary, output, as_json=as_json)
+    if not summary.is_complete:
+        say_how_to_go_on(journal, fresh=fresh)
+    raise typer.Exit(summary.exit_code)

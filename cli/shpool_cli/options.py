@@ -1,13 +1,15 @@
-"""Values of options, read so that a wrong one is named."""
+"""Options that commands share, and values of options, read so that a wrong one is named."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shpool.halting import HaltPolicy
+from shpool_cli.inputs import Format
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,3 +51,84 @@ def halt_policy(text: str) -> HaltPolicy:
         return HaltPolicy.parse(str(text))
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from None
+
+
+def check_journal(  # noqa: PLR0913 - each is an option
+    path: Path | None, source: str, output: Path | None, *, fresh: bool, only_failed: bool, key: str | None = None
+) -> None:
+    """Refuse options about the journal that make no sense together."""
+    for name, is_given in (("--only-failed", only_failed), ("--fresh", fresh), ("--key", key)):
+        if is_given and path is None:
+            msg = f"{name} goes with --journal"
+            raise typer.BadParameter(msg)
+    if only_failed and fresh:
+        msg = "--only-failed needs what --fresh throws away"
+        raise typer.BadParameter(msg)
+    for name, other in {"INPUT": None if source == "-" else Path(source), "--output": output}.items():
+        if path is not None and other is not None and other.resolve() == path.resolve():
+            msg = f"--journal and {name} are the same file, {other}"
+            raise typer.BadParameter(msg)
+
+
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        "-w",
+        parser=at_least(1),
+        metavar="INTEGER",
+        help="Worker processes, at least 1.",
+        show_default="one per processor",
+    ),
+]
+HaltOption = Annotated[
+    HaltPolicy,
+    typer.Option(
+        "--halt",
+        parser=halt_policy,
+        metavar="never|soon|now[,fail=N|N%]",
+        help="After failures: go on; begin nothing new; or stop what runs, too. After the first one, after N, or after "
+        "N percent of all.",
+        show_default="never",
+    ),
+]
+MaxTimeOption = Annotated[
+    float | None,
+    typer.Option("--max-time", parser=duration, metavar="TIME", help="Begin nothing after this time: 90, 15m, 48h."),
+]
+LimitOption = Annotated[
+    int | None,
+    typer.Option(
+        "--limit", parser=at_least(1), metavar="INTEGER", help="Do so many at most in this run.", show_default="all"
+    ),
+]
+JournalOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--journal",
+        "-j",
+        metavar="FILE",
+        help="Remember in this file what is done; the same command then skips it. See shpool status.",
+    ),
+]
+OnlyFailedOption = Annotated[
+    bool, typer.Option("--only-failed", help="Do only what failed in an earlier run with this journal.")
+]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Empty the journal first.")]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="File for the results, .jsonl, .csv or .parquet; one that holds something else than results of an "
+        "earlier run with this journal is refused.",
+        show_default="standard output",
+    ),
+]
+FormatOption = Annotated[Format | None, typer.Option("--format", help="How to read INPUT.", show_default="by suffix")]
+ProgressOption = Annotated[
+    bool | None, typer.Option("--progress/--no-progress", help="Bar on stderr.", show_default="on a terminal")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Summary as one JSON object: on stdout with --output, else on stderr.")
+]

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from shpool.errors import ShpoolError
-from shpool.halting import HaltPolicy  # noqa: TC001 - typer reads the annotations
-from shpool_cli.console import CommandError, ExitCode, private_stdout, report, say
+from shpool_cli.console import private_stdout
 from shpool_cli.credentials import (
     ClientIdOption,
     LoginOptions,
@@ -19,11 +15,25 @@ from shpool_cli.credentials import (
     SecretFileOption,
     TokenUrlOption,
 )
-from shpool_cli.inputs import Format  # noqa: TC001 - typer reads the annotations
-from shpool_cli.options import at_least, duration, halt_policy
+from shpool_cli.ending import say_how_to_go_on, see_through
+from shpool_cli.options import (
+    FormatOption,
+    FreshOption,
+    HaltOption,
+    JournalOption,
+    JsonOption,
+    LimitOption,
+    MaxTimeOption,
+    OnlyFailedOption,
+    OutputOption,
+    ProgressOption,
+    WorkersOption,
+    at_least,
+    check_journal,
+    duration,
+)
 from shpool_cli.order import Order
 from shpool_cli.runner import carry_out
-from shpool_cli.stopping import code_of
 from shpool_cli.summary import Summary
 
 
@@ -47,17 +57,7 @@ def run(  # noqa: PLR0913 - options of a command line
             "the token is in $SHPOOL_TOKEN.",
         ),
     ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers",
-            "-w",
-            parser=at_least(1),
-            metavar="INTEGER",
-            help="Worker processes, at least 1.",
-            show_default="one per processor",
-        ),
-    ] = None,
+    workers: WorkersOption = None,
     retries: Annotated[
         int,
         typer.Option(
@@ -74,40 +74,14 @@ def run(  # noqa: PLR0913 - options of a command line
             "--timeout", parser=duration, metavar="TIME", help="Longest time an attempt may take: 90, 15m, 2h."
         ),
     ] = None,
-    halt: Annotated[
-        HaltPolicy,
-        typer.Option(
-            "--halt",
-            parser=halt_policy,
-            metavar="never|soon|now[,fail=N|N%]",
-            help="When jobs fail: go on; begin nothing new; or stop what runs, too. After the first failure, after N, "
-            "or after N percent of all jobs.",
-            show_default="never",
-        ),
-    ] = "never",  # type: ignore[assignment]  # typer parses defaults too
-    max_time: Annotated[
-        float | None,
-        typer.Option("--max-time", parser=duration, metavar="TIME", help="Begin no job after this time: 90, 15m, 48h."),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            "--limit", parser=at_least(1), metavar="INTEGER", help="Run so many jobs at most.", show_default="all"
-        ),
-    ] = None,
+    halt: HaltOption = "never",  # type: ignore[assignment]  # typer parses defaults too
+    max_time: MaxTimeOption = None,
+    limit: LimitOption = None,
     shuffle: Annotated[bool, typer.Option("--shuffle", help="Run the jobs in random order.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Run nothing; write for each job whether it would run, as JSON Lines.")
     ] = False,
-    journal: Annotated[
-        Path | None,
-        typer.Option(
-            "--journal",
-            "-j",
-            metavar="FILE",
-            help="Remember in this file which jobs are done; the same command then skips them. See shpool status.",
-        ),
-    ] = None,
+    journal: JournalOption = None,
     key: Annotated[
         str | None,
         typer.Option(
@@ -117,37 +91,20 @@ def run(  # noqa: PLR0913 - options of a command line
             show_default="target and all arguments",
         ),
     ] = None,
-    only_failed: Annotated[
-        bool, typer.Option("--only-failed", help="Run only jobs that failed in an earlier run with this journal.")
-    ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Empty the journal first.")] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="File for the results, .jsonl, .csv or .parquet; one that holds something else than results of an "
-            "earlier run with this journal is refused.",
-            show_default="standard output",
-        ),
-    ] = None,
+    only_failed: OnlyFailedOption = False,
+    fresh: FreshOption = False,
+    output: OutputOption = None,
     ordered: Annotated[
         bool, typer.Option("--ordered", help="Write results in the order of INPUT; the ready ones wait in memory.")
     ] = False,
-    form: Annotated[
-        Format | None, typer.Option("--format", help="How to read INPUT.", show_default="by suffix")
-    ] = None,
-    progress: Annotated[
-        bool | None, typer.Option("--progress/--no-progress", help="Bar on stderr.", show_default="on a terminal")
-    ] = None,
+    form: FormatOption = None,
+    progress: ProgressOption = None,
     profile: ProfileOption = None,
     token_url: TokenUrlOption = None,
     client_id: ClientIdOption = None,
     client_secret_file: SecretFileOption = None,
     scope: ScopeOption = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Summary as one JSON object: on stdout with --output, else on stderr.")
-    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Call a function, or run a command, for every line of an input, in workers that share a login.
 
@@ -195,26 +152,15 @@ def run(  # noqa: PLR0913 - options of a command line
         progress=progress,
         login=login,
     )
-    _check(order)
+    check_journal(journal, source, output, fresh=fresh, only_failed=only_failed, key=key)
     summary = Summary()
-    began = time.monotonic()
-    with private_stdout() as stdout:
-        try:
+    if dry_run:
+        with private_stdout() as stdout:
             carry_out(order, stdout, summary)
-            if summary.failed or summary.halted:
-                summary.exit_code = ExitCode.FAILED
-        except (KeyboardInterrupt, SystemExit, ShpoolError, CommandError) as stop:
-            if summary.jobs is None:
-                raise
-            if isinstance(stop, (ShpoolError, CommandError)):
-                report(stop)
-            summary.exit_code = code_of(stop)
-        summary.seconds = round(time.monotonic() - began, 3)
-        if not dry_run:
-            summary.tell(stdout if output is not None else None, as_json=as_json)
-            if journal is not None and not summary.is_complete:
-                same = "the same command without --fresh" if fresh else "the same command"
-                say(f"hint: {same} goes on where this one ended; shpool status {journal} tells more")
+    else:
+        see_through(lambda stdout: carry_out(order, stdout, summary), summary, output, as_json=as_json)
+        if journal is not None and not summary.is_complete:
+            say_how_to_go_on(journal, fresh=fresh)
     raise typer.Exit(summary.exit_code)
 
 
@@ -230,19 +176,3 @@ def _target_and_input(words: list[str], shell: str | None) -> tuple[str | None, 
     else:
         msg = f"TARGET and INPUT are enough, but there is {' '.join(words[2:])}"
     raise typer.BadParameter(msg)
-
-
-def _check(order: Order) -> None:
-    """Refuse options that make no sense together."""
-    for name, is_given in (("--only-failed", order.only_failed), ("--fresh", order.fresh), ("--key", order.key)):
-        if is_given and order.journal is None:
-            msg = f"{name} goes with --journal"
-            raise typer.BadParameter(msg)
-    if order.only_failed and order.fresh:
-        msg = "--only-failed needs what --fresh throws away"
-        raise typer.BadParameter(msg)
-    others = {"INPUT": None if order.source == "-" else Path(order.source), "--output": order.output}
-    for name, path in others.items():
-        if order.journal is not None and path is not None and path.resolve() == order.journal.resolve():
-            msg = f"--journal and {name} are the same file, {path}"
-            raise typer.BadParameter(msg)
