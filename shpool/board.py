@@ -29,18 +29,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import mmap
 import os
-import secrets
 import stat
 import struct
 import sys
 import time
 import warnings
 import weakref
-from multiprocessing.reduction import DupFd
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shpool.errors import (
@@ -67,12 +63,12 @@ _WORD = 8  # bytes
 _HEADER = 64  # bytes
 _SLOT = 64 * 1024  # bytes: the largest tokens seen in the field are 12 kB
 SEGMENT_SIZE = _HEADER + 2 * _SLOT
-_DIGEST = hashlib.sha256().digest_size
+_DIGEST = 32  # bytes, of sha256
 _FIELDS = struct.Struct("=QdQ")  # version, deadline, length
 _OVERHEAD = _DIGEST + _FIELDS.size
 LARGEST_PAYLOAD = _SLOT - _OVERHEAD
 
-_FOLDER = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory
+_FOLDER = "/dev/shm"  # noqa: S108 - where Linux keeps POSIX shared memory
 _REPORTS = ".refused"  # suffix of the segment beside a named board
 
 _READ_TRIES = 1_000  # a flipping writer spoils about one read in twenty; a thousand in a row means corruption
@@ -171,7 +167,7 @@ class Board:
             raise TokenTooLargeError(len(payload), LARGEST_PAYLOAD)
         version = self._words[0] + 1
         body = _FIELDS.pack(version, deadline, len(payload)) + payload
-        record = hashlib.sha256(body).digest() + body
+        record = _digest(body) + body
         start = _slot_offset(version)
         self._bytes[start : start + len(record)] = record
         self._words[0] = version
@@ -309,6 +305,8 @@ class BoardHandle:
         os.set_inheritable(self._descriptor, False)
 
     def __reduce__(self) -> tuple[Callable[..., BoardReader], tuple[object, ...]]:
+        from multiprocessing.reduction import DupFd  # here: the login need not wait for it
+
         return _attach_handed_over, (DupFd(self._descriptor), self._name)
 
 
@@ -334,7 +332,7 @@ def anonymous_board() -> Board:
 
 def _unlinked_board() -> Board:
     """Create a board whose name is gone at once; workers get a descriptor that cannot write (macOS: not run here)."""
-    name = "shpool-" + secrets.token_hex(8)
+    name = "shpool-" + os.urandom(8).hex()
     descriptor = _shm_open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR)
     try:
         handed_over = _shm_open(name, os.O_RDONLY)
@@ -434,7 +432,8 @@ def sweep_abandoned() -> list[str]:
 def start_time_of(pid: int) -> int:
     """Return when a process started, in clock ticks since boot; 0 when it is gone or the system cannot tell."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_bytes()
+        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - pathlib is too much for a worker to import
+            text = file.read()
     except OSError:
         return 0
     fields = text.rpartition(b")")[2].split()  # field 3 of proc_pid_stat(5) and on; the name before may hold spaces
@@ -449,6 +448,12 @@ def _attach_handed_over(duplicate: Any, name: str) -> BoardReader:  # noqa: ANN4
         os.close(descriptor)
 
 
+def _digest(data: bytes | memoryview) -> bytes:
+    import hashlib  # here: it loads OpenSSL, which a worker need not wait for before its first task
+
+    return hashlib.sha256(data).digest()
+
+
 def _slot_offset(version: int) -> int:
     return _HEADER + (version & 1) * _SLOT
 
@@ -458,7 +463,7 @@ def _checked_payload(record: bytes, version: int) -> bytes | None:
     told, _, length = _FIELDS.unpack_from(record, _DIGEST)
     if told != version or len(record) != _OVERHEAD + length:
         return None
-    if hashlib.sha256(memoryview(record)[_DIGEST:]).digest() != record[:_DIGEST]:
+    if _digest(memoryview(record)[_DIGEST:]) != record[:_DIGEST]:
         return None
     return record[_OVERHEAD:]
 
@@ -572,8 +577,8 @@ def _clear_abandoned(name: str) -> None:
 def _leads_to(name: str, descriptor: int) -> bool:
     """Tell whether this very segment stands under the name. On Linux this takes no descriptor: there may be none."""
     try:
-        if _FOLDER.is_dir():
-            return os.path.samestat((_FOLDER / name).lstat(), os.fstat(descriptor))
+        if os.path.isdir(_FOLDER):  # noqa: PTH112 - as in start_time_of
+            return os.path.samestat(os.lstat(f"{_FOLDER}/{name}"), os.fstat(descriptor))
         found = _shm_open(name, os.O_RDONLY)
     except FileNotFoundError:
         return False

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shpool.channels import NamedChannel, TeeChannel
-from shpool.engines.base import Engine, Task, WorkerSetup
+from shpool.engines.base import Engine, Task
+from shpool.engines.setup import WorkerSetup
 from shpool.errors import LoginError, TokenUnavailableError
-from shpool.lazymap import LazyMap, MapOptions
 from shpool.redaction import SECRET_VARIABLES
 from shpool.refresh import State
 from shpool.retry import Backoff, RetryPolicy, is_retryable
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import ParamSpec, Self
 
+    from shpool.lazymap import LazyMap
     from shpool.retry import RetryAfterUnit
     from shpool.sources import Session
 
@@ -145,7 +146,7 @@ class _Submitting(Executor, abc.ABC):
             TimeoutError: From the iterator, when a result is not there in time.
             ValueError: ``chunksize`` or ``buffersize`` is less than 1.
         """
-        return self._lazy_map(fn, iterables, MapOptions(chunksize, buffersize, timeout)).in_order()
+        return self._lazy_map(fn, iterables, chunksize, buffersize, timeout).in_order()
 
     def map_unordered(
         self,
@@ -156,14 +157,23 @@ class _Submitting(Executor, abc.ABC):
         buffersize: int | None = None,
     ) -> Iterator[T]:
         """Yield the results as they come; else as ``map``."""
-        return self._lazy_map(fn, iterables, MapOptions(chunksize, buffersize, timeout)).as_completed()
+        return self._lazy_map(fn, iterables, chunksize, buffersize, timeout).as_completed()
 
-    def _lazy_map(self, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...], options: MapOptions) -> LazyMap:
+    def _lazy_map(
+        self,
+        fn: Callable[..., Any],
+        iterables: tuple[Iterable[Any], ...],
+        chunksize: int | None,
+        buffersize: int | None,
+        timeout: float | None,
+    ) -> LazyMap:
+        from shpool.lazymap import LazyMap, MapOptions  # here: the login need not wait for it
+
         if not iterables:
             msg = "map needs at least one iterable"
             raise TypeError(msg)
-        complete = MapOptions(options.chunksize, options.buffersize, options.timeout, self._policy, self._timeout)
-        return LazyMap(self._running_engine(), fn, iterables, complete)
+        options = MapOptions(chunksize, buffersize, timeout, self._policy, self._timeout)
+        return LazyMap(self._running_engine(), fn, iterables, options)
 
 
 class AuthenticatedProcessPool(_Submitting):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 from typing import TYPE_CHECKING, NoReturn
 
@@ -55,6 +54,8 @@ def fingerprint(text: str) -> str:
     >>> fingerprint("invented-token")
     '1b92d803'
     """
+    import hashlib  # here: it loads OpenSSL, which a worker need not wait for before its first task
+
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

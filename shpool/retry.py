@@ -10,8 +10,6 @@ import logging
 import math
 import random
 from dataclasses import dataclass
-from datetime import timezone
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Literal
 
 from shpool.errors import (
@@ -36,9 +34,8 @@ _LONGEST_SUMMARY = 200  # characters
 _MOST_SUMMARIES = 8  # attempts told about in an error
 
 # Not errors of the server, yet worth a second try: RFC 9110 (408), RFC 8470 (425), RFC 6585 (429).
-_TEMPORARY_STATUSES = frozenset(
-    {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS},
-)
+_TEMPORARY_STATUSES = frozenset({408, 425, 429})
+_LEAST_SERVER_ERROR = 500
 
 # Errors of requests and urllib3 that a second try may turn, by name, so that neither has to be imported.
 _TEMPORARY_HTTP_ERRORS = frozenset(
@@ -130,7 +127,7 @@ def parse_retry_after(value: str | None, *, now: float, unit: RetryAfterUnit = "
 
 def is_temporary_status(status: int) -> bool:
     """Tell whether an HTTP status means that the same request may work later: 408, 425, 429 and 5xx."""
-    return status in _TEMPORARY_STATUSES or status >= HTTPStatus.INTERNAL_SERVER_ERROR
+    return status in _TEMPORARY_STATUSES or status >= _LEAST_SERVER_ERROR
 
 
 def is_retryable(error: BaseException) -> bool:
@@ -239,6 +236,7 @@ def _number(text: str) -> float | None:
 
 
 def _seconds_until(date: str, now: float) -> float | None:
+    from datetime import timezone
     from email.utils import parsedate_to_datetime  # 10 ms, for few
 
     try:

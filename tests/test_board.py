@@ -750,6 +750,7 @@ def test_squatted_name_is_refused(memory_name: str, kind: str, tmp_path: Path) -
 
 
 _AS_NOBODY = """
+import hashlib  # now: where Python lies may be closed to nobody
 import os, sys
 from shpool.board import ReportBox, attach_named, named_board, sweep_abandoned
 from shpool.errors import BoardError

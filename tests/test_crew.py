@@ -49,8 +49,9 @@ from pool_tasks import (
     wait_for,
 )
 
-from shpool.engines.base import Task, WorkerSetup
+from shpool.engines.base import Task
 from shpool.engines.crew import Crew
+from shpool.engines.setup import WorkerSetup
 from shpool.errors import (
     InitializerError,
     TaskTerminatedError,

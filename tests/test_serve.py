@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pool_tasks import Unpicklable, add, double, fail, functions_held
 
-from shpool.engines.base import WorkerSetup
 from shpool.engines.serve import HEADER, NO_KEY, Kind, Lifeline, Message, MessageBuffer, dump_setup, encode, serve
+from shpool.engines.setup import WorkerSetup
 from shpool.errors import UnpicklableError
 from shpool.worker import dump, load, load_error
 

@@ -8,7 +8,6 @@ sends from the caller's thread when a worker is idle, so a lone task takes one h
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import logging
 import os
@@ -21,12 +20,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from shpool.board import anonymous_board
 from shpool.channels import BoardChannel
-from shpool.engines.base import Tally, WorkerSetup
 from shpool.engines.dispatch import STUCK_AFTER, Dispatch
 from shpool.engines.launcher import Launcher
 from shpool.engines.ledger import Ledger
 from shpool.engines.member import Flight, Member, PackedFunction
 from shpool.engines.serve import Kind, dump_setup
+from shpool.engines.setup import WorkerSetup
 from shpool.errors import InitializerError, TaskTerminatedError, TaskTimeoutError, UnpicklableError, WorkerLostError
 from shpool.logs import deliver
 from shpool.worker import dump, load, load_error, shortened
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from shpool.channels import TokenChannel
-    from shpool.engines.base import Task
+    from shpool.engines.base import Tally, Task
     from shpool.engines.serve import Message
 
 logger = logging.getLogger(__name__)
@@ -65,6 +64,7 @@ class Crew:
         self._channel = BoardChannel(self._board)
         self._launcher = Launcher(self._board, self._setup, pickled_setup, blanked)
         self._numbers = itertools.count(1)
+        self._imports = threading.Event()  # the loop has imported what it launches workers with
         self._is_over_for_good = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="shpool-crew", daemon=True)
         self._poll = select.poll()  # the loop's alone
@@ -119,8 +119,6 @@ class Crew:
 
     def start(self) -> None:
         """Launch the workers from the loop's thread; returns at once."""
-        import loky.backend  # noqa: F401 - here, since it cannot be imported any more once the main thread has ended
-
         self._bell_in, self._bell_out = os.pipe()
         os.set_blocking(self._bell_in, False)
         os.set_blocking(self._bell_out, False)
@@ -133,10 +131,13 @@ class Crew:
         Raises:
             UnpicklableError: It cannot be pickled.
         """
+        self._imports.wait()  # before there is a task: with the main thread at its end they would fail
         try:
             pickled = dump(fn)
         except Exception as exc:
             raise UnpicklableError("function", shortened(fn), f"{type(exc).__name__}: {exc}") from exc  # noqa: EM101 - a field
+        import hashlib  # here: the workers need not wait for it to be loaded
+
         return PackedFunction(hashlib.blake2b(pickled, digest_size=16).digest(), pickled)
 
     def submit(self, task: Task, future: Future[Any] | None = None) -> Future[Any]:
@@ -292,6 +293,9 @@ class Crew:
         """Serve the crew until it is over; whatever happens, no future is left waiting."""
         self._poll.register(self._bell_in, select.POLLIN)
         try:
+            import loky.backend  # noqa: F401 - here, so that the login need not wait for it
+
+            self._imports.set()
             while not self._is_over():
                 self._launch_one_missing()
                 self._read_what_came(self._poll.poll(self._nap_ms()))
@@ -545,6 +549,7 @@ class Crew:
             self._has_ended = True
             os.close(self._bell_in)
             os.close(self._bell_out)
+        self._imports.set()
         self.on_end()
         self._channel.close()
         self._is_over_for_good.set()

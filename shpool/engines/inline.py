@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from shpool.board import anonymous_board
 from shpool.channels import BoardChannel
-from shpool.engines.base import BatchResult, Tally, WorkerSetup
+from shpool.engines.base import BatchResult, Tally
+from shpool.engines.setup import WorkerSetup
 from shpool.errors import InitializerError
 from shpool.retry import carry_attempts, summary_of
 from shpool.shared import SharedSession, adopt_session

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from shpool.board import Board
-    from shpool.engines.base import WorkerSetup
+    from shpool.engines.setup import WorkerSetup
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ import collections
 import contextlib
 import errno
 import math
-import multiprocessing.process
 import os
 import resource
 import select
@@ -16,7 +15,6 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shpool.engines.serve import LARGE, Kind, LifelineHandle, MessageBuffer, encode, encode_parts, work
@@ -26,8 +24,9 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from shpool.board import Board
-    from shpool.engines.base import Task, WorkerSetup
+    from shpool.engines.base import Task
     from shpool.engines.serve import Message
+    from shpool.engines.setup import WorkerSetup
     from shpool.errors import TaskError
 
 _REAP_WITHIN = 2.0  # s between the end of a lifeline and the end of its process
@@ -133,6 +132,9 @@ class Member:
         Raises:
             OSError: The system starts no more processes or opens no more descriptors.
         """
+        import multiprocessing.process  # these here: the login need not wait for them
+        from multiprocessing import resource_tracker
+
         from loky.backend import get_context
 
         ours, theirs = socket.socketpair()

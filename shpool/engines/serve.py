@@ -21,7 +21,6 @@ import struct
 import sys
 import threading
 import time
-from multiprocessing.reduction import DupFd
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shpool.errors import UnpicklableError
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from shpool.board import BoardHandle, BoardReader
-    from shpool.engines.base import WorkerSetup
+    from shpool.engines.setup import WorkerSetup
 
 HEADER = struct.Struct("=QBQ16sd")  # payload's length, kind, call number, function's digest, seconds
 NO_KEY = bytes(16)
@@ -172,6 +171,8 @@ class LifelineHandle:
         self._recalled = recalled
 
     def __reduce__(self) -> tuple[Callable[..., Lifeline], tuple[object, ...]]:
+        from multiprocessing.reduction import DupFd  # here: the login need not wait for it
+
         return _handed_over, (DupFd(self._end.fileno()), DupFd(self._recalled))
 
 
