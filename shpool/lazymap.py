@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from shpool.retry import RetryPolicy
 
 BATCH_SECONDS = 0.03  # what a batch should take: long against a message, short against a person's patience
+BATCH_SIZE = 2**20  # bytes a batch and its results should come to: larger ones arrive late and then all at once
 LARGEST_BATCH = 32_768  # items; beyond it batches cost memory and gain nothing
 _GROWTH = 8  # times; one batch of tiny tasks says little about the next
 _BATCHES_PER_WORKER = 2  # one running and one at hand
@@ -91,15 +92,20 @@ class BatchSizer:
         left = max(self._expected - pulled, 1)
         return max(1, min(self._size, math.ceil(left / (self._workers * _END_GAME))))
 
-    def note(self, items: int, seconds: float) -> None:
-        """Learn from a batch that took so long."""
+    def is_brief(self, items: int) -> bool:
+        """Tell whether so many items should not take much longer than a batch is meant to."""
+        return self._seconds_per_item is not None and items * self._seconds_per_item <= 2 * BATCH_SECONDS
+
+    def note(self, items: int, seconds: float, size: int = 0) -> None:
+        """Learn from a batch that took so long, and so many bytes both ways."""
         if not items:
             return
         measured = seconds / items
         known = self._seconds_per_item
         self._seconds_per_item = measured if known is None else (known + measured) / 2
         wanted = int(BATCH_SECONDS / max(self._seconds_per_item, 1e-9))
-        self._size = max(1, min(wanted, items * _GROWTH, self._most))
+        fitting = int(BATCH_SIZE / max(size / items, 1.0))
+        self._size = max(1, min(wanted, fitting, items * _GROWTH, self._most))
 
 
 @dataclass(eq=False)  # comparing batches would compare the user's items
@@ -209,7 +215,8 @@ class LazyMap:
     def _submit(self, items: list[Any]) -> _Batch:
         if self._options.goes_singly:
             return _Batch(items, self._submit_one(items[0]))
-        task = Task(self._fn, items, label=self._label, batch=True, star=self._star)
+        brief = self._sizer.is_brief(len(items))
+        task = Task(self._fn, items, label=self._label, batch=True, star=self._star, brief=brief)
         return _Batch(items, self._engine.submit(task, Slot()))
 
     def _submit_one(self, item: Any, failed: BaseException | None = None, delay: float = 0.0) -> Future[Any]:  # noqa: ANN401 - the user's own items
@@ -240,7 +247,7 @@ class LazyMap:
             if len(batch.items) == 1:
                 raise
             outcome = BatchResult([], {}, 0.0)  # one item spoils the batch; alone, each answers for itself
-        self._sizer.note(len(outcome.results), outcome.seconds)
+        self._sizer.note(len(outcome.results), outcome.seconds, outcome.size)
         if not outcome.errors and len(outcome.results) == len(batch.items):
             yield from outcome.results
         else:

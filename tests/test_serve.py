@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import PATIENCE, until
 from pool_tasks import Unpicklable, add, double, fail, functions_held
 
 from shpool.engines.serve import HEADER, NO_KEY, Kind, Lifeline, Message, MessageBuffer, dump_setup, encode, serve
@@ -178,6 +179,31 @@ def test_stop_ends_the_loop_after_what_came_before(parent: Parent) -> None:
 def test_a_stream_that_ends_inside_a_message_ends_the_loop(parent: Parent, kept: int) -> None:
     parent.send(encode(Kind.CALL, 1, b"x" * 10, key=KEY)[:kept])
     parent.end.shutdown(socket.SHUT_WR)
+
+
+def test_what_is_given_back_is_told_before_anything_later_is_read() -> None:
+    """The parent takes answers in the order of its calls: a later one must not come before it knows that."""
+    ours, theirs = socket.socketpair()
+    recalled, recall = os.pipe()
+    lifeline = Lifeline(theirs, recalled)
+    try:
+        ours.sendall(encode(Kind.CALL, 1) + encode(Kind.BATCH, 2))
+        assert next(lifeline.messages()).number == 1
+        giving = threading.Thread(target=lifeline._give_back)
+        with lifeline._writing:  # as while a large result is being sent
+            giving.start()
+            until(lambda: not lifeline._arrived)
+            assert not lifeline._reading.acquire(timeout=0.1)
+        giving.join(PATIENCE)
+        assert lifeline._reading.acquire(blocking=False)
+        [told] = MessageBuffer().feed(ours.recv(4096))
+        assert told.kind == Kind.RETURNED
+        assert load(told.payload) == [2]
+    finally:
+        ours.close()
+        theirs.close()
+        os.close(recalled)
+        os.close(recall)
 
 
 def test_an_initializer_that_cannot_be_pickled_is_named() -> None:

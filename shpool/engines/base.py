@@ -30,6 +30,7 @@ class Task:
         timeout: Seconds one attempt may take, None for no limit.
         batch: The future's result is a ``BatchResult``; each item is one call's argument.
         star: Each item of a batch is a tuple of arguments.
+        brief: A batch whose like were measured to be over in a moment: another one may wait behind it at a worker.
         history: A line for each attempt that was made already, as part of a batch.
         delay: Seconds until the next one.
     """
@@ -42,6 +43,7 @@ class Task:
     timeout: float | None = None
     batch: bool = False
     star: bool = False
+    brief: bool = False
     history: tuple[str, ...] = ()
     delay: float = 0.0
 
@@ -64,12 +66,14 @@ class BatchResult:
         results: Results of the first calls, None where one raised; shorter than the batch if its worker died.
         errors: What the calls at these indices raised.
         seconds: Time the calls took in the worker.
+        size: Bytes that the arguments and the results were when they travelled.
         lost: Why the calls beyond ``results`` were not made, or not heard of.
     """
 
     results: list[Any]
     errors: dict[int, BaseException]
     seconds: float
+    size: int = 0
     lost: WorkerLostError | None = None
 
 

@@ -342,7 +342,7 @@ class Crew:
             if self._ledger.timed:
                 moments += [limit for limit, _ in self._limits()]
             moments += [member.leaves_before for member in self._members.values() if member.is_leaving]
-            moments += [member.head_since + STUCK_AFTER for member in self._waited_for()]
+            moments += [_recalled_at(member) for member in self._waited_for()]
         return max(0.0, min(moments) - now) * 1000 + (min(moments) > now)
 
     def _waited_for(self) -> list[Member]:
@@ -411,6 +411,9 @@ class Crew:
         if message.kind not in {Kind.RESULT, Kind.ERROR}:
             return None
         flight = member.flights.popleft()
+        if flight.number != message.number:  # rather no result than another task's
+            msg = f"worker {member.pid} answered call {message.number} when {flight.number} was running"
+            raise RuntimeError(msg)
         member.head_since = time.monotonic()
         self._condemn_if_unwanted(member)
         if not flight.task.batch:
@@ -486,7 +489,7 @@ class Crew:
                 flight = member.flights[0]
                 member.condemn(flight, TaskTimeoutError(flight.task.label, flight.task.timeout or 0.0))
             for member in self._waited_for():
-                if member.head_since + STUCK_AFTER <= now:
+                if _recalled_at(member) <= now:
                     member.recall()
             self._dismiss_spent()
             stopped, self._stopped = self._stopped, []
@@ -553,6 +556,11 @@ class Crew:
         self.on_end()
         self._channel.close()
         self._is_over_for_good.set()
+
+
+def _recalled_at(member: Member) -> float:
+    """Return when what waits at a worker is to be had back for an idle one: at once behind a batch, which lasts."""
+    return member.head_since + (0.0 if member.flights[0].task.batch else STUCK_AFTER)
 
 
 def _let_go_all() -> None:

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from concurrent.futures import Future
 
+    from shpool.engines.base import Task
     from shpool.engines.member import Flight, Member
 
 TINY = 0.002  # s; only while a function's calls are shorter does more than one travel to a worker at a time
 STUCK_AFTER = 0.02  # s; nothing waits behind a call that has run so long, whatever was measured before
 _AHEAD = 0.005  # s of work to have at a worker: as long as Python may keep the loop's thread from running
 _DEEPEST = 256  # calls at a worker
+_BATCHES = 2  # brief ones at a worker: one running, and one at hand when that is done
 _PRIMED = 2  # tiny calls at a worker to which submit() sends by itself; beyond that the loop sends many at once
 _MOST_PACES = 1024  # functions whose pace is remembered
 _PACE_MEMORY = 0.2  # share of the newest call's time in the running mean
@@ -100,7 +102,7 @@ class Dispatch:
         if not self._queue or (self._is_saturated and not fill):
             return None
         depth = self._depth(self._queue[0])
-        member = _roomiest(members, depth if fill else min(depth, _PRIMED), self._queue[0].task.calls)
+        member = _roomiest(members, depth if fill else min(depth, _PRIMED), self._queue[0].task)
         if member is None:
             self._is_saturated = True
             return None
@@ -108,11 +110,13 @@ class Dispatch:
 
     def _depth(self, flight: Flight) -> int:
         """Return how many calls of this function may be at a worker; what is sent cannot be cancelled any more."""
-        pace = TINY if flight.task.batch else self._paces.get(flight.function.key, TINY)
+        if flight.task.batch:
+            return _BATCHES if flight.task.brief else 1
+        pace = self._paces.get(flight.function.key, TINY)
         return 1 if pace >= TINY else min(_DEEPEST, 1 + int(_AHEAD / max(pace, 1e-6)))
 
 
-def _roomiest(members: Iterable[Member], depth: int, calls: int) -> Member | None:
+def _roomiest(members: Iterable[Member], depth: int, task: Task) -> Member | None:
     """Return an idle worker, else the least busy one with fewer flights than ``depth`` and a head that just began.
 
     A worker that may not make so many calls any more makes way for a fresh one.
@@ -121,15 +125,25 @@ def _roomiest(members: Iterable[Member], depth: int, calls: int) -> Member | Non
     for member in members:
         if not member.is_usable:
             continue
-        if member.calls_left < calls:
+        if member.calls_left < task.calls:
             member.is_retiring = True
             continue
         flying = len(member.flights)
         if not flying:
             return member
-        if flying < fewest and not member.flights[0].task.batch and not member.is_full and _has_just_begun(member):
+        if (
+            flying < fewest
+            and _may_follow(task, member.flights[0].task)
+            and not member.is_full
+            and _has_just_begun(member)
+        ):
             best, fewest = member, flying
     return best
+
+
+def _may_follow(task: Task, running: Task) -> bool:
+    """Tell whether a task may wait at a worker behind one of its like."""
+    return running.brief and task.brief if running.batch else not task.batch
 
 
 def _has_just_begun(member: Member) -> bool:

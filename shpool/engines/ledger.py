@@ -103,8 +103,8 @@ class Ledger:
         try:
             result = load(message.payload)
             if flight.task.batch:
-                self._take_part(flight, result, message.seconds)
-                result = BatchResult(flight.results, flight.errors, flight.seconds)
+                self._take_part(flight, result, message)
+                result = BatchResult(flight.results, flight.errors, flight.seconds, flight.size)
         except BaseException as exc:  # noqa: BLE001 - border: unpickling runs the result's own code
             reason = f"it cannot be unpickled in the parent: {type(exc).__name__}: {exc}"
             self.settle(flight, UnpicklableError("result", f"the result of {flight.task.label}", reason))
@@ -114,20 +114,21 @@ class Ledger:
     def take_part(self, flight: Flight, message: Message) -> None:
         """Keep the first results of a batch, so that they need not come again if its worker is lost."""
         with contextlib.suppress(Exception):  # border: what cannot be unpickled here runs again by itself
-            self._take_part(flight, load(message.payload), message.seconds)
+            self._take_part(flight, load(message.payload), message)
 
     @staticmethod
-    def _take_part(flight: Flight, part: tuple[list[Any], dict[int, bytes]], seconds: float) -> None:
+    def _take_part(flight: Flight, part: tuple[list[Any], dict[int, bytes]], message: Message) -> None:
         results, errors = part
         before = len(flight.results)
         flight.errors |= {before + index: load_error(pickled) for index, pickled in errors.items()}
         flight.results += results
-        flight.seconds += seconds
+        flight.seconds += message.seconds
+        flight.size += len(message.payload)
 
     def take_loss(self, flight: Flight, error: TaskError) -> None:
         """Act on the end of the worker that was running a flight."""
         if flight.task.batch and isinstance(error, WorkerLostError):
-            self.settle(flight, None, BatchResult(flight.results, flight.errors, flight.seconds, lost=error))
+            self.settle(flight, None, BatchResult(flight.results, flight.errors, flight.seconds, flight.size, error))
         else:
             self._take_error(flight, error)
 

@@ -59,10 +59,14 @@ class Flight:
     results: list[Any] = field(default_factory=list)  # of a batch, as far as they have come
     errors: dict[int, BaseException] = field(default_factory=dict)  # likewise, by index
     seconds: float = 0.0  # these have taken
+    size: int = field(init=False)  # bytes of the arguments and of these
     is_running: bool = False
     is_unwanted: bool = False  # terminate() was called for it
     was_unread: bool = False
     ends_at: int = 0  # of all bytes ever put for its worker
+
+    def __post_init__(self) -> None:
+        self.size = len(self.payload)
 
 
 class Doom(NamedTuple):

@@ -39,6 +39,7 @@ NO_KEY = bytes(16)
 RECEIVE_SIZE = 256 * 1024  # bytes a read asks for
 _PART_AFTER = 0.05  # s of a batch's results that a lost worker may take along
 _SLICE_GROWTH = 8  # times; of a batch that proves to be of tiny calls
+_MOMENT = 0.01  # s; for longer the main thread keeps the reading only while nothing has arrived
 _MEMORY_LOOK = 0.05  # s between two looks at the memory in use, each of which costs 10 µs
 _PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 LARGE = 64 * 1024  # bytes from which a payload is spared every copy that can be spared
@@ -62,6 +63,9 @@ class Kind(enum.IntEnum):
     LOG = 13
     GREW = 14
     PART = 15
+
+
+_CALLS = frozenset({Kind.CALL, Kind.BATCH, Kind.BATCH_STAR})
 
 
 class Message(NamedTuple):
@@ -266,16 +270,22 @@ class Lifeline:
 
     def _give_back(self) -> None:
         """Answer RETURNED with the numbers of the calls that have arrived and were not begun."""
-        numbers: list[int] = []
-        if self._reading.acquire(blocking=False):  # else the main thread waits for messages: there are none
-            try:
-                while self._receive(socket.MSG_DONTWAIT):
-                    pass
-                numbers = [message.number for message in self._arrived if message.kind == Kind.CALL]
-                rest = [message for message in self._arrived if message.kind != Kind.CALL]
-                self._arrived = collections.deque(rest)
-            finally:
-                self._reading.release()
+        if not self._reading.acquire(timeout=_MOMENT):
+            self._answer_returned([])  # the main thread waits for messages: there are none
+            return
+        try:
+            while self._receive(socket.MSG_DONTWAIT):
+                pass
+            numbers = [message.number for message in self._arrived if message.kind in _CALLS]
+            rest = [message for message in self._arrived if message.kind not in _CALLS]
+            self._arrived = collections.deque(rest)
+            # Before the main thread can read on: the parent takes answers for those of its calls in their order, and
+            # what was given back must not count as answered by what came after it.
+            self._answer_returned(numbers)
+        finally:
+            self._reading.release()
+
+    def _answer_returned(self, numbers: list[int]) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.send(Kind.RETURNED, payload=dump(numbers))
 
