@@ -167,6 +167,9 @@ def judged(folder: Path, stock: Stock) -> Iterator[tuple[str, int]]:
     yield "whatever stands under a file's name is that file", len(standing - unfinished - right)
     yield "no part of a file that is done is left", sum(path.partition(".part")[0] in done for path in unfinished)
     yield "what can be had was had", len(stock.digests.keys() - stock.hopeless - done)
+    for result in results:
+        if result["status"] == "failed" and paths[result["index"]] not in stock.hopeless:
+            print(f"      unlucky: {result['error']}")
     yield "what cannot be had is reported", len(stock.hopeless & done)
 
 
@@ -197,8 +200,9 @@ def main() -> int:
         promises.append(("one login, and one more for each revocation", server.logins > 1 + revoker.count))
         server.fail_files_at_random(0)
         asked = len(server.log)
+        had = {path for path in stock.digests if (folder / "files" / path).exists()}
         run_command(folder, server, "--retries", "0")
-        done = {f"/files/{Path(path).name}" for path in stock.digests.keys() - stock.hopeless}
+        done = {f"/files/{Path(path).name}" for path in had}
         again = sum(path in done for _, path, _ in server.log[asked:])
         promises.append(("the same command again asks for nothing that is done", again))
     for text, broken in promises:

@@ -149,7 +149,7 @@ def test_the_summary_goes_to_stdout_when_the_results_do_not(shell: Shell, server
     done = shell.run("run", "tiles:double", "three.jsonl", *options)
     summary = json.loads(done.stdout)
     assert summary.pop("seconds") > 0
-    counts = {"jobs": 3, "done": 3, "failed": 0, "before": 0, "skipped": 0, "logins": 1, "refreshes": 0}
+    counts = {"jobs": 3, "done": 3, "failed": 0, "errors": {}, "before": 0, "skipped": 0, "logins": 1, "refreshes": 0}
     assert summary == {**counts, "halted": None, "exit_code": 0}
     assert len(records((shell.folder / "out.jsonl").read_text())) == 3
     assert done.stderr.splitlines()[-1].startswith("3 jobs, 0 failed, ")

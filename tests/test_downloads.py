@@ -536,11 +536,13 @@ def test_many_refusals_of_one_generation_are_one_login(fetch: Fetch, server: Loo
     assert server.logins == 2
 
 
-def test_a_second_refusal_in_a_row_is_the_files_failure(fetch: Fetch, server: LoopbackServer) -> None:
+def test_a_second_refusal_in_a_row_is_a_failed_attempt(fetch: Fetch, server: LoopbackServer) -> None:
+    """Each file makes the parent log in once without being asked to retry, and not twice."""
     refusal = FileFault(status=401, headers={"WWW-Authenticate": 'Bearer error="invalid_token"'})
-    result = only(fetch(cut_then_whole(server, "a.tif", b"tile", refusal, refusal)))
+    result = only(fetch(cut_then_whole(server, "a.tif", b"tile", refusal, refusal), retries=0))
     assert isinstance(result.error, TransferError)
     assert (result.error.status, server.logins) == (401, 2)
+    assert only(fetch(cut_then_whole(server, "b.tif", b"tile", refusal, refusal), retries=1)).status == "done"
 
 
 def test_a_scope_that_is_missing_costs_no_login(fetch: Fetch, server: LoopbackServer) -> None:

@@ -40,8 +40,10 @@ class Report:
         """Write and count records of this run."""
         with self._lock:
             self._write(records)
-            failed = sum(record.status == "failed" for record in records)
-            self._summary.failed += failed
+            failures = [record for record in records if record.status == "failed"]
+            for record in failures:
+                self._summary.note_failure(record)
+            failed = len(failures)
             self._summary.done += len(records) - failed
             self._bar.failed(failed)
             self._bar.done(len(records) - failed)

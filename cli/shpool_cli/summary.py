@@ -1,15 +1,18 @@
-"""What a run came to, as its last line says."""
+"""What a run came to, as its last lines say."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, BinaryIO, ClassVar
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, BinaryIO, ClassVar, TypedDict
 
 from shpool_cli.console import CommandError, ExitCode, report, say
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from shpool.pool import PoolStats
+    from shpool_cli.output.records import Record
 
 _WORDS = {
     ExitCode.HUNG_UP: "hung up: ",
@@ -18,14 +21,32 @@ _WORDS = {
 }
 
 
+_MOST_KINDS = 5  # of errors, told about on stderr
+
+
+class ErrorKind(TypedDict):
+    """Failures that share the class of their error.
+
+    Attributes:
+        count: How many there are.
+        index: The first job's position in the input.
+        example: What it failed with.
+    """
+
+    count: int
+    index: int
+    example: str
+
+
 @dataclass
 class Summary:
-    """What a run came to: the last line on stderr, and the object of --json.
+    """What a run came to: a line on stderr with the errors below it, and the object of --json.
 
     Attributes:
         jobs: Jobs of the input; None until TARGET and INPUT are known to be good.
         done: Of these, done in this run.
         failed: Failed in this run.
+        errors: Of these, how many with which class of error, and an example.
         before: Done in an earlier run, by the journal.
         skipped: Left out, as ``--only-failed`` asks.
         logins: Tokens fetched.
@@ -40,6 +61,7 @@ class Summary:
     jobs: int | None = None
     done: int = 0
     failed: int = 0
+    errors: dict[str, ErrorKind] = field(default_factory=dict)
     before: int = 0
     skipped: int = 0
     logins: int = 0
@@ -51,6 +73,12 @@ class Summary:
     def note(self, stats: PoolStats) -> None:
         """Take over the pool's counters."""
         self.logins, self.refreshes = stats.logins, stats.refreshes
+
+    def note_failure(self, record: Record) -> None:
+        """Count a job that failed."""
+        self.failed += 1
+        kind, _, text = (record.error or "").partition(": ")
+        self.errors.setdefault(kind, {"count": 0, "index": record.index, "example": text})["count"] += 1
 
     @property
     def is_complete(self) -> bool:
@@ -85,6 +113,14 @@ class Summary:
                 error = f"standard output cannot be written: {exc.strerror}"
                 self.exit_code = report(CommandError(error, "the results are in --output", ExitCode.FAILED))
         say(text if as_json and stdout is None else str(self))
+        for line in self._failures():
+            say(line)
+
+    def _failures(self) -> Iterator[str]:
+        for kind, its in list(self.errors.items())[:_MOST_KINDS]:
+            yield f"error: {kind} in {_counted(its['count'], self._noun)}, first in {its['index']}: {its['example']}"
+        if len(self.errors) > _MOST_KINDS:
+            yield f"error: and {len(self.errors) - _MOST_KINDS} other kinds; all are in the output"
 
 
 def _counted(number: int, noun: str, nouns: str = "") -> str:

@@ -5,7 +5,7 @@ The rules, besides those of ``transfer`` and ``partfile``:
  1. The token is read for each request. It goes where ``bearer`` allows, and stays behind once a redirect has led to
     another origin.
  2. A 401 means that a generation was refused: it is reported once, and everything waits for the next one. Transfers
-    under way go on meanwhile. The second refusal in a row of one file is its failure.
+    under way go on meanwhile. The second refusal in a row of one file is a failed attempt.
  3. A ``Retry-After`` holds back all requests to that origin, not only the file that met it.
  4. A full disk fails what has not begun, without asking for it.
  5. A file is reported once it is durable.
@@ -236,20 +236,24 @@ class GroupFetch:
     def _take_refusal(self, incoming: Incoming, error: DownloadError) -> None:
         """Apply the 401 rule."""
         incoming.refusals += 1
-        if self._desk is None or incoming.generation is None or incoming.refusals > 1:
+        if self._desk is None or incoming.generation is None:
             self._give_up(incoming, error)
             return
-        self._desk.report_refused(incoming.generation)
-        incoming.go_back()
-        self._ready.append(incoming)
+        if incoming.refusals == 1:
+            self._desk.report_refused(incoming.generation)
+            incoming.go_back()
+            self._ready.append(incoming)
+        elif self._retry(incoming, Failure(error)):  # revoked again since, maybe
+            self._desk.report_refused(incoming.generation)
 
-    def _retry(self, incoming: Incoming, failure: Failure, *, at_once: bool = False) -> None:
+    def _retry(self, incoming: Incoming, failure: Failure, *, at_once: bool = False) -> bool:
+        """Queue another attempt and return true, or give up."""
         if isinstance(failure.error, StorageFullError):
             self._full = failure.error
         has_more = incoming.patience.has_more(incoming.bytes_kept, is_pause=failure.pause is not None)
         if failure.is_final or not has_more:
             self._give_up(incoming, failure.error)
-            return
+            return False
         if failure.pause is not None:
             until = time.monotonic() + failure.pause
             origin = _place(incoming.url)
@@ -259,6 +263,7 @@ class GroupFetch:
             self._ready.append(incoming)
         else:
             self._wait(incoming, (failure.pause or 0.0) + self._settings.backoff.delay(incoming.patience.failures))
+        return True
 
     def _give_up(self, incoming: Incoming, error: Exception) -> None:
         self._results.append(incoming.failed(error))
