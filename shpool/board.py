@@ -27,11 +27,9 @@ The rules, all of them:
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import mmap
 import os
-import stat
 import struct
 import sys
 import time
@@ -49,12 +47,19 @@ from shpool.errors import (
     TokenTooLargeError,
     TornBoardError,
 )
-
-if sys.platform != "win32":
-    import _posixshmem  # type: ignore[import-not-found]  # typeshed lacks it; as multiprocessing.shared_memory does, which cannot attach without its tracker before 3.13
+from shpool.segments import (
+    FOLDER,
+    allocate,
+    leads_to,
+    open_segment,
+    opened_safely,
+    seal,
+    unlink_if_same,
+    unlink_if_there,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 CLOSED = 2**64 - 1
 MAGIC = int.from_bytes(b"shpool\0\1", sys.byteorder)
@@ -68,17 +73,12 @@ _FIELDS = struct.Struct("=QdQ")  # version, deadline, length
 _OVERHEAD = _DIGEST + _FIELDS.size
 LARGEST_PAYLOAD = _SLOT - _OVERHEAD
 
-_FOLDER = "/dev/shm"  # noqa: S108 - where Linux keeps POSIX shared memory
 _REPORTS = ".refused"  # suffix of the segment beside a named board
 
 _READ_TRIES = 1_000  # a flipping writer spoils about one read in twenty; a thousand in a row means corruption
 _COMPLETE_WITHIN = 1.0  # s for another process to finish creating a segment whose name is visible already
 # macOS: PSHMNAMLEN is 31, the slash, the end and the suffix above included.
 _MAX_NAME = 240 if sys.platform == "linux" else 21
-
-# Linux, <linux/fcntl.h>; Python's fcntl names the last one only from 3.13 on.
-_F_ADD_SEALS = 1033
-_F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_FUTURE_WRITE = 0x2, 0x4, 0x10
 
 
 class BoardReader:
@@ -184,7 +184,7 @@ class Board:
         """Tell whether a named segment can no longer be found under its name."""
         if not self.name or self._closed:
             return False
-        return not _leads_to(self.name, self._descriptor)
+        return not leads_to(self.name, self._descriptor)
 
     def close(self) -> None:
         """Tell readers that sharing has ended, zero the records, unlink the name; harmless when repeated.
@@ -198,7 +198,7 @@ class Board:
             self._words[0] = CLOSED
             self._bytes[_HEADER:] = bytes(2 * _SLOT)
             if self.name:
-                _unlink_if_same(self.name, self._descriptor)
+                unlink_if_same(self.name, self._descriptor)
         self._let_go()
 
     def become_read_only(self) -> None:
@@ -245,8 +245,8 @@ class ReportBox:
         flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
         try:
             if create:
-                _unlink_if_there(self._name)  # left behind by the board's former owner
-            self._descriptor = _shm_open(self._name, flags)
+                unlink_if_there(self._name)  # left behind by the board's former owner
+            self._descriptor = open_segment(self._name, flags)
         except FileNotFoundError:
             raise BoardNotFoundError(self._name) from None
         except PermissionError:
@@ -267,7 +267,7 @@ class ReportBox:
 
     def has_vanished(self) -> bool:
         """Tell whether it can no longer be found under its name."""
-        return not self._is_closed and not _leads_to(self._name, self._descriptor)
+        return not self._is_closed and not leads_to(self._name, self._descriptor)
 
     def report(self, generation: int) -> None:
         """Say that this generation was refused."""
@@ -289,7 +289,7 @@ class ReportBox:
         self._word.release()
         self._segment.close()
         if self._creator == os.getpid():
-            _unlink_if_same(self._name, self._descriptor)
+            unlink_if_same(self._name, self._descriptor)
         os.close(self._descriptor)
 
 
@@ -321,28 +321,28 @@ def anonymous_board() -> Board:
     except (AttributeError, OSError):  # not Linux, or a sandbox that refuses it
         return _unlinked_board()
     try:
-        _allocate(descriptor, "anonymous")
+        allocate(descriptor, "anonymous", SEGMENT_SIZE)
         board = Board(descriptor)
     except BaseException:
         os.close(descriptor)
         raise
-    _seal(descriptor)
+    seal(descriptor, against_writes=True)
     return board
 
 
 def _unlinked_board() -> Board:
     """Create a board whose name is gone at once; workers get a descriptor that cannot write (macOS: not run here)."""
     name = "shpool-" + os.urandom(8).hex()
-    descriptor = _shm_open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR)
+    descriptor = open_segment(name, os.O_CREAT | os.O_EXCL | os.O_RDWR)
     try:
-        handed_over = _shm_open(name, os.O_RDONLY)
-        _allocate(descriptor, name)
+        handed_over = open_segment(name, os.O_RDONLY)
+        allocate(descriptor, name, SEGMENT_SIZE)
         return Board(descriptor, handed_over=handed_over)
     except BaseException:
         os.close(descriptor)
         raise
     finally:
-        _posixshmem.shm_unlink("/" + name)
+        unlink_if_there(name)
 
 
 def named_board(name: str) -> Board:
@@ -360,7 +360,7 @@ def named_board(name: str) -> Board:
     _check_name(name)
     for _ in range(_READ_TRIES):
         try:
-            descriptor = _shm_open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR)
+            descriptor = open_segment(name, os.O_CREAT | os.O_EXCL | os.O_RDWR)
         except FileExistsError:
             _clear_abandoned(name)
             continue
@@ -381,9 +381,9 @@ def _settled(descriptor: int, name: str) -> Board | None:
     """
     with contextlib.ExitStack() as on_error:
         on_error.callback(os.close, descriptor)
-        on_error.callback(_unlink_if_same, name, descriptor)
+        on_error.callback(unlink_if_same, name, descriptor)
         os.fchmod(descriptor, 0o600)
-        _allocate(descriptor, name)
+        allocate(descriptor, name, SEGMENT_SIZE)
         board = Board(descriptor, name)
         on_error.pop_all()
         on_error.callback(board.close)
@@ -405,7 +405,7 @@ def attach_named(name: str) -> BoardReader:
         BoardLayoutError: It is not a board of this layout.
     """
     _check_name(name)
-    with _opened(name) as descriptor:
+    with opened_safely(name) as descriptor:
         if not _check_header(descriptor, name)[0]:
             detail = "it was never completed"
             raise BoardLayoutError(name, detail)
@@ -416,15 +416,15 @@ def sweep_abandoned() -> list[str]:
     """Unlink this user's named boards whose owners have ended; return their names. Linux only, else nothing."""
     swept = []
     with contextlib.suppress(OSError):
-        for entry in os.scandir(_FOLDER):
+        for entry in os.scandir(FOLDER):
             with contextlib.suppress(OSError, BoardError):
                 found = entry.stat(follow_symlinks=False)
                 if found.st_uid != os.geteuid() or found.st_size != SEGMENT_SIZE:
                     continue
-                with _opened(entry.name) as descriptor:
-                    if _is_abandoned(descriptor, entry.name) and _leads_to(entry.name, descriptor):
-                        _unlink_if_there(entry.name + _REPORTS)  # before the board: its name is free only then
-                        _unlink_if_there(entry.name)
+                with opened_safely(entry.name) as descriptor:
+                    if _is_abandoned(descriptor, entry.name) and leads_to(entry.name, descriptor):
+                        unlink_if_there(entry.name + _REPORTS)  # before the board: its name is free only then
+                        unlink_if_there(entry.name)
                         swept.append(entry.name)
     return swept
 
@@ -474,36 +474,6 @@ def _check_name(name: str) -> None:
         what = f"1 to {_MAX_NAME} characters, no slash, no dot at the beginning and no {_REPORTS} at the end"
         msg = f"memory_name {name!r} must have {what}"
         raise ValueError(msg)
-
-
-def _shm_open(name: str, flags: int) -> int:
-    descriptor: int = _posixshmem.shm_open("/" + name, flags, mode=0o600)
-    return descriptor
-
-
-@contextlib.contextmanager
-def _opened(name: str) -> Iterator[int]:
-    """Open a segment read-only, once owner and mode are found safe (rule 10)."""
-    try:
-        descriptor = _shm_open(name, os.O_RDONLY)
-    except FileNotFoundError:
-        raise BoardNotFoundError(name) from None
-    except PermissionError:
-        detail = "another user holds this name"
-        raise ForeignBoardError(name, detail) from None
-    except OSError as exc:
-        raise BoardError(name, exc.strerror or str(exc)) from None
-    try:
-        found = os.fstat(descriptor)
-        if found.st_uid != os.geteuid():
-            detail = f"it belongs to user {found.st_uid}, not to {os.geteuid()}"
-            raise ForeignBoardError(name, detail)
-        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH | stat.S_IRGRP | stat.S_IROTH):
-            detail = f"its mode {stat.S_IMODE(found.st_mode):04o} lets other users in"
-            raise ForeignBoardError(name, detail)
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _check_header(descriptor: int, name: str) -> tuple[int, int]:
@@ -560,9 +530,9 @@ def _clear_abandoned(name: str) -> None:
     The lock taken here keeps two heirs apart: the second finds another segment under the name and looks again.
     """
     try:
-        with _opened(name) as descriptor:
+        with opened_safely(name) as descriptor:
             if _is_abandoned(descriptor, name):
-                if _unlink_if_same(name, descriptor):
+                if unlink_if_same(name, descriptor):
                     text = f"took over shared memory {name!r}, which an ended process had left behind"
                     warnings.warn(text, SHUserWarning, stacklevel=4)
                 return
@@ -574,32 +544,6 @@ def _clear_abandoned(name: str) -> None:
         return
 
 
-def _leads_to(name: str, descriptor: int) -> bool:
-    """Tell whether this very segment stands under the name. On Linux this takes no descriptor: there may be none."""
-    try:
-        if os.path.isdir(_FOLDER):  # noqa: PTH112 - as in start_time_of
-            return os.path.samestat(os.lstat(f"{_FOLDER}/{name}"), os.fstat(descriptor))
-        found = _shm_open(name, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        return os.path.samestat(os.fstat(found), os.fstat(descriptor))
-    finally:
-        os.close(found)
-
-
-def _unlink_if_same(name: str, descriptor: int) -> bool:
-    is_same = _leads_to(name, descriptor)
-    if is_same:
-        _unlink_if_there(name)
-    return is_same
-
-
-def _unlink_if_there(name: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        _posixshmem.shm_unlink("/" + name)
-
-
 def _try_lock(descriptor: int) -> bool:
     """Lock a segment for this open descriptor; True also where the system has no locks on shared memory."""
     try:
@@ -609,24 +553,3 @@ def _try_lock(descriptor: int) -> bool:
     except OSError:
         return True  # macOS: not run here; pid and start time decide alone
     return True
-
-
-def _allocate(descriptor: int, name: str) -> None:
-    """Give the segment its size and its pages now: a full /dev/shm is an error here and not a SIGBUS later."""
-    try:
-        os.ftruncate(descriptor, SEGMENT_SIZE)
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, SEGMENT_SIZE)
-    except OSError as exc:
-        text = "shared memory is full; free some in /dev/shm, or give the container a larger one (--shm-size)"
-        raise BoardError(name, text if exc.errno == errno.ENOSPC else str(exc)) from None
-
-
-def _seal(descriptor: int) -> None:
-    """Let nobody resize the segment and nobody but the present map write to it (rule 8)."""
-    seals = _F_SEAL_SHRINK | _F_SEAL_GROW
-    try:
-        fcntl.fcntl(descriptor, _F_ADD_SEALS, seals | _F_SEAL_FUTURE_WRITE)
-    except OSError:  # Linux before 5.1 knows no FUTURE_WRITE
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(descriptor, _F_ADD_SEALS, seals)
