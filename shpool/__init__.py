@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from shpool.config import SHConfig
     from shpool.downloads import DownloadItem, DownloadResult, download
     from shpool.errors import ShpoolError, SHUserWarning
+    from shpool.gate import Gate
     from shpool.pool import AuthenticatedProcessPool
     from shpool.session import OAuthSession, SentinelHubSession
     from shpool.shared import SharedSession, collect_shared_session, current_session
@@ -26,6 +27,7 @@ __all__ = [
     "AuthenticatedProcessPool",
     "DownloadItem",
     "DownloadResult",
+    "Gate",
     "OAuthSession",
     "SHConfig",
     "SHUserWarning",
@@ -43,6 +45,7 @@ _HOMES = {
     "AuthenticatedProcessPool": "shpool.pool",
     "DownloadItem": "shpool.downloads",
     "DownloadResult": "shpool.downloads",
+    "Gate": "shpool.gate",
     "OAuthSession": "shpool.session",
     "SHConfig": "shpool.config",
     "SHUserWarning": "shpool.errors",

@@ -15,6 +15,7 @@
     │   ├── ForeignBoardError      another user owns the segment, or may write to it
     │   ├── BoardLayoutError       not a board, or one of another shpool version
     │   └── TornBoardError         no consistent record within the bound
+    ├── GateInUseError             others use the gate of that name with other limits
     ├── TaskError                  one task failed for a reason outside its function
     │   ├── WorkerLostError        its worker process died
     │   ├── TaskTimeoutError       it ran longer than its timeout
@@ -264,6 +265,28 @@ class BoardLayoutError(BoardError):
 
 class TornBoardError(BoardError):
     """No consistent record could be read within the bound."""
+
+
+class GateInUseError(ShpoolError, ValueError):
+    """Processes that are running share a gate of that name, with other limits.
+
+    Args:
+        name: The gate's name.
+        theirs: The limits in use.
+        ours: The limits that were asked for.
+    """
+
+    def __init__(self, name: str, theirs: str, ours: str) -> None:
+        super().__init__(name, theirs, ours)
+        self.name = name
+        self.theirs = theirs
+        self.ours = ours
+
+    def __str__(self) -> str:
+        return (
+            f"gate {self.name!r} is in use with other limits: {self.theirs}, not {self.ours}; "
+            "give the same limits everywhere, or choose another name"
+        )
 
 
 class TaskError(ShpoolError):

@@ -1,0 +1,9 @@
+"""The gate: one account, one limit, whatever the number of processes."""
+
+from __future__ import annotations
+
+from shpool.gate.gate import Gate, GateHandle, GateStats
+from shpool.gate.limits import PRESETS
+from shpool.gate.ticket import AccountGate, Ticket
+
+__all__ = ["PRESETS", "AccountGate", "Gate", "GateHandle", "GateStats", "Ticket"]

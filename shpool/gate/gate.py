@@ -1,0 +1,377 @@
+"""The gate: what one account may do, shared by all processes that use it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import random
+import time
+import weakref
+from dataclasses import dataclass
+from multiprocessing.reduction import DupFd
+from typing import TYPE_CHECKING, Any
+
+from shpool.gate.limits import Lane, Limits, cut_rate, grown_rate, preset, usual_burst
+from shpool.gate.segment import (
+    CUT,
+    CUT_AT,
+    EPOCH,
+    NOT_BEFORE,
+    PASSED,
+    PAUSES,
+    REFUSALS,
+    REQUESTS,
+    UNITS,
+    WAITED,
+    WAITS,
+    Segment,
+    anonymous_segment,
+    named_segment,
+    own_descriptor,
+)
+from shpool.gate.ticket import Ticket
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from typing_extensions import Self
+
+logger = logging.getLogger(__name__)
+
+LONGEST_PAUSE = 120.0  # s; a server that asks for more is asked again then, as by the HTTP client and downloads
+_WORTH_A_WARNING = 10.0  # s of a pause
+_SPREAD = 1.0  # s over which those who wait come back after a pause, where no rate keeps them apart
+_JITTER = 1e-3  # s; a shorter wait is not counted as one
+
+
+@dataclass(frozen=True)
+class GateStats:
+    """How a gate stands.
+
+    Attributes:
+        requests: The limit of requests per second; None for none.
+        units: Processing units per second; None for none.
+        connections: Requests at once; None for none.
+        learned: Requests per second that refusals have taught, where no limit was given; None for none.
+        connected: Connection slots that are taken.
+        waits: Requests that had to wait.
+        waited: Seconds they waited in all.
+        refusals: Answers 429 that were heeded; those to one burst of requests count once.
+        pauses: Times a server asked everybody to wait.
+        paused_for: Seconds that a pause goes on still.
+    """
+
+    requests: float | None
+    units: float | None
+    connections: int | None
+    learned: float | None
+    connected: int
+    waits: int
+    waited: float
+    refusals: int
+    pauses: int
+    paused_for: float
+
+
+class Gate:
+    """Hold requests back so that an account's limits are kept, by all processes together.
+
+    The limits belong to the account, so everybody who uses it must go through the same gate: the workers of a pool
+    that was given it, several pools that were given it, and, with a name, other processes of this user.
+
+        with current_session().gate.acquire(cost=2):
+            ...
+
+    Without any limit it is a free gate: it lets everything go, until a server refuses a request; then it learns.
+
+    Args:
+        requests: Most requests in a time, as ``"300/min"``; units are s, min, h and day. None for no limit.
+        units: Most processing units in a time; likewise.
+        connections: Most requests at once. None for no limit.
+        burst: Requests that may go at once after a silence; None for what the rate allows in a twentieth of a second,
+            at least 1. Servers whose bucket is larger may be given more.
+        name: Share it with other processes of this user that give the same name and the same limits.
+
+    Raises:
+        ValueError: A limit is no such text or number, or out of range.
+        GateInUseError: Running processes share the name with other limits.
+        BoardError: The shared memory cannot be used.
+    """
+
+    def __init__(
+        self,
+        requests: str | None = None,
+        units: str | None = None,
+        connections: int | None = None,
+        *,
+        burst: float | None = None,
+        name: str | None = None,
+        _clock: Callable[[], float] = time.monotonic,
+        _sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        limits = Limits.parse(requests, units, connections, burst)
+        segment = anonymous_segment(limits, _clock()) if name is None else named_segment(name, limits, _clock())
+        self._set_up(segment, _clock, _sleep)
+
+    def _set_up(
+        self,
+        segment: Segment,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        self._segment = segment
+        self._words = segment.integers
+        self._limits = segment.limits
+        self._clock = clock
+        self._sleep = sleep
+        self._end = weakref.finalize(self, _close, segment, os.getpid())
+        _gates.add(self)
+
+    @classmethod
+    def preset(cls, preset_name: str, **changes: Any) -> Self:  # noqa: ANN401 - as __init__
+        """Return a gate with the limits of a provider: ``cdse`` or ``sentinelhub``.
+
+        Args:
+            preset_name: Of the provider.
+            **changes: Arguments that replace the preset's.
+
+        Raises:
+            ValueError: There is no such preset.
+        """
+        return cls(**{**preset(preset_name), **changes})
+
+    @classmethod
+    def _attached(cls, segment: Segment) -> Self:
+        self = cls.__new__(cls)
+        self._set_up(segment)
+        return self
+
+    def acquire(self, cost: float = 1.0) -> Ticket:
+        """Wait until one more request may be sent, and return the leave to do so, a context manager.
+
+        Args:
+            cost: Processing units it will cost, as far as that is known.
+
+        Raises:
+            ValueError: The cost is negative.
+        """
+        ticket = self.try_acquire(cost)
+        if not self._words[EPOCH]:
+            return ticket
+        try:
+            while wait := self.advance(ticket):
+                self._sleep(wait)
+        except BaseException:
+            self.release(ticket)
+            raise
+        return ticket
+
+    def try_acquire(self, cost: float = 1.0) -> Ticket:
+        """Return a ticket at once; its ``due_in()`` tells when it may be used, and it keeps its turn until then.
+
+        Args:
+            cost: As for ``acquire``.
+        """
+        if not 0.0 <= cost < math.inf:
+            msg = f"cost must be a number of processing units from 0, not {cost!r}"
+            raise ValueError(msg)
+        return Ticket(self, cost)
+
+    def advance(self, ticket: Ticket) -> float:
+        """Return the seconds until a ticket may be used, or until it is worth another look; 0 once it may be."""
+        epoch = self._words[EPOCH]
+        if not epoch:
+            return 0.0
+        now = self._clock()
+        if ticket.moment is not None and ticket.epoch == epoch:
+            return max(0.0, ticket.moment - now)
+        segment = self._segment
+        ticket.counted = ticket.counted or now
+        with segment:
+            if ticket.slot < 0 and self._limits.connections:
+                ticket.slot, ticket.number, ticket.place, wait = segment.take_slot(ticket.number, ticket.place, now)
+                if ticket.slot < 0:
+                    return wait
+            self._give_moment(ticket, now)
+        assert ticket.moment is not None
+        return max(0.0, ticket.moment - now)
+
+    def _give_moment(self, ticket: Ticket, now: float) -> None:
+        """Say when a ticket may be used, and count it at that moment (rule 2 of the limits); under the mutex."""
+        floats = self._segment.floats
+        requests, units = self._requests_lane(now), self._units_lane()
+        moment = max(now, floats[NOT_BEFORE])
+        if requests is not None:
+            moment = requests.earliest(moment)
+        elif moment > now:
+            moment += random.uniform(0.0, _SPREAD)  # noqa: S311 - lest all come back at once
+        if units is not None:
+            moment = units.earliest(moment)
+            self._segment.store_tat(UNITS, units.tat_after(moment, ticket.cost))
+        if requests is not None:
+            self._segment.store_tat(REQUESTS, requests.tat_after(moment, 1.0))
+        floats[PASSED] += 1.0
+        if moment - ticket.counted > _JITTER:
+            floats[WAITS] += not ticket.waited
+            floats[WAITED] += moment - ticket.counted
+            ticket.waited, ticket.counted = True, moment
+        ticket.moment, ticket.epoch = moment, self._words[EPOCH]
+
+    def _requests_lane(self, now: float) -> Lane | None:
+        """Return the lane of requests, at the rate that was given or learned; None without one."""
+        learned = self._learned(now)
+        if learned is None:
+            return self._segment.lane(REQUESTS) if self._limits.requests < math.inf else None
+        return self._segment.lane(REQUESTS)._replace(rate=learned, burst=usual_burst(learned))
+
+    def _units_lane(self) -> Lane | None:
+        return self._segment.lane(UNITS) if self._limits.units < math.inf else None
+
+    def _learned(self, now: float) -> float | None:
+        """Return the rate that refusals have taught, None where they have not."""
+        cut, at = self._segment.floats[CUT], self._segment.floats[CUT_AT]
+        return grown_rate(cut, max(0.0, now - at)) if cut else None
+
+    def settle(self, ticket: Ticket, spent: float) -> None:
+        """Count what a request has really cost in place of what was reckoned.
+
+        A refund of what was reckoned before a pause is void with all else of before.
+        """
+        more, ticket.cost = spent - ticket.cost, spent
+        if not more or ticket.moment is None:
+            return
+        with self._segment:
+            units = self._units_lane()
+            if units is not None and (more > 0 or ticket.epoch == self._words[EPOCH]):
+                tat = max(units.tat, ticket.moment) if more > 0 else units.tat
+                self._segment.store_tat(UNITS, tat + more / units.rate)
+
+    def pause(self, seconds: float, ticket: Ticket | None = None, *, learn: bool = False) -> None:
+        """Let no request go for so long, in any process; those that wait are spread behind it.
+
+        Args:
+            seconds: From now on; at most 120.
+            ticket: Of the request whose answer asked for it. Refusals of requests that were sent before an earlier
+                one was heard are its echoes: they may make the pause longer, and teach nothing.
+            learn: The rate was too high.
+        """
+        now = self._clock()
+        until = now + min(max(seconds, 0.0), LONGEST_PAUSE)
+        with self._segment:
+            is_news = ticket is None or ticket.epoch == self._words[EPOCH]
+            if is_news:
+                self._note_refusal(now, learn=learn)
+            if is_news or until > self._segment.floats[NOT_BEFORE]:
+                self._hold_until(until, now)
+        if is_news:
+            level = logging.WARNING if until - now >= _WORTH_A_WARNING else logging.INFO
+            logger.log(level, "the account pauses: no request goes for %.1f s", until - now)
+
+    def _note_refusal(self, now: float, *, learn: bool) -> None:
+        floats = self._segment.floats
+        floats[PAUSES] += 1.0
+        floats[REFUSALS] += learn
+        if learn and self._words[EPOCH] and math.isinf(self._limits.requests):
+            floats[CUT] = cut_rate(self._learned(now) or math.inf, floats[PASSED], now - floats[NOT_BEFORE])
+            floats[CUT_AT] = now
+
+    def _hold_until(self, until: float, now: float) -> None:
+        """Begin an epoch in which nothing goes before that moment, and all buckets are empty then."""
+        floats = self._segment.floats
+        floats[NOT_BEFORE] = until = max(until, floats[NOT_BEFORE])
+        floats[PASSED] = 0.0
+        self._words[EPOCH] += 1
+        for word, lane in ((REQUESTS, self._requests_lane(now)), (UNITS, self._units_lane())):
+            if lane is not None:
+                self._segment.store_tat(word, lane.tat_if_empty(until))
+
+    def release(self, ticket: Ticket) -> None:
+        """Take a ticket back: its request has ended, or is not to be sent. Harmless when repeated.
+
+        What it was counted for stays counted: one moment is lost for each that was not used.
+        """
+        if ticket.slot >= 0:
+            slot, ticket.slot = ticket.slot, -1
+            self._segment.free_slot(slot)
+        elif ticket.number:
+            self._segment.leave_queue(ticket.number, ticket.place)
+            ticket.number = 0
+
+    def stats(self) -> GateStats:
+        """Return how the gate stands; without its mutex, so numbers of one moment may differ by a request."""
+        floats, limits, now = self._segment.floats, self._limits, self._clock()
+        return GateStats(
+            requests=_finite(limits.requests),
+            units=_finite(limits.units),
+            connections=limits.connections or None,
+            learned=self._learned(now),
+            connected=self._segment.taken,
+            waits=int(floats[WAITS]),
+            waited=floats[WAITED],
+            refusals=int(floats[REFUSALS]),
+            pauses=int(floats[PAUSES]),
+            paused_for=max(0.0, floats[NOT_BEFORE] - now),
+        )
+
+    def __repr__(self) -> str:
+        name = f" {self._segment.name!r}" if self._segment.name else ""
+        now = self.stats()
+        learned = f", learned {now.learned:.3g} requests/s" if now.learned is not None else ""
+        paused = f", paused for {now.paused_for:.1f} s" if now.paused_for else ""
+        return f"<Gate{name} {self._limits}{learned}{paused}>"
+
+    def handle(self) -> GateHandle:
+        """Return what a worker joins with; it pickles only while a process is being spawned."""
+        return GateHandle(self._segment.descriptor)
+
+    def close(self) -> None:
+        """Let go of it; other processes go on. Harmless when repeated."""
+        self._end()
+
+    def _start_anew(self) -> None:
+        self._segment.reopen()
+        self._end.detach()
+        self._end = weakref.finalize(self, _close, self._segment, os.getpid())
+
+
+class GateHandle:
+    """Carries a gate's descriptor to a process being spawned, and becomes a ``Gate`` there."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def keep_from_others(self) -> None:
+        """Undo what spawning did to the descriptor: no other child process shall inherit it."""
+        os.set_inheritable(self._descriptor, False)
+
+    def __reduce__(self) -> tuple[Callable[..., Gate], tuple[object, ...]]:
+        return _join_handed_over, (DupFd(self._descriptor),)
+
+
+def _join_handed_over(duplicate: Any) -> Gate:  # noqa: ANN401 - multiprocessing's DupFd has no type
+    handed_over = duplicate.detach()
+    try:
+        segment = Segment(own_descriptor(handed_over))
+    finally:
+        os.close(handed_over)
+    segment.be_present()
+    return Gate._attached(segment)  # noqa: SLF001 - this module's own class
+
+
+def _close(segment: Segment, owner: int) -> None:
+    if os.getpid() == owner and segment.descriptor >= 0:
+        segment.close()
+
+
+def _finite(rate: float) -> float | None:
+    return None if math.isinf(rate) else rate
+
+
+def _start_anew() -> None:
+    for gate in list(_gates):
+        gate._start_anew()  # noqa: SLF001 - this module's own class
+
+
+_gates: weakref.WeakSet[Gate] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_start_anew)

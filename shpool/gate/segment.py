@@ -1,0 +1,424 @@
+"""The gate's shared memory: its layout and its locks, all of both.
+
+The rules, all of them:
+
+ 1. A segment is one of fixed size: words of eight bytes, then a byte for each connection slot. It is apart from the
+    board: workers write to it, and never to the board.
+ 2. The words are: epoch, magic, connections, next number, checked, not before, cut, cut at, passed, looked, two lanes
+    (rate, burst, TAT), four counters, and 128 places of waiters (numbers, then looks). Moments are seconds of the
+    monotonic clock, which all processes of a machine share.
+ 3. Epoch 0 means that there is nothing to obey: no limits, and no refusal yet. It is all that a free gate reads.
+    Every pause raises it; a moment that was given out in another epoch is void.
+ 4. Words are changed under the mutex. It is a lock on a byte that belongs to an open file (fcntl(2), F_OFD_SETLK): the
+    kernel frees it with the last descriptor, so at once when its holder is killed. A lock of a process (F_SETLK)
+    would go with any descriptor of the file that the process closes, and flock() knows no ranges.
+ 5. So each process opens the segment for itself: a descriptor that was inherited or handed over is of the same open
+    file, and would let its holders in together. A forked child opens it anew before it does anything. Threads of a
+    process share its open file; a lock of threads stands in front.
+ 6. Each word is right by itself. Who is killed between two stores leaves at worst one request counted in one lane and
+    not in the other.
+ 7. A connection slot is a lock on a byte of its own, held for as long as the slot: the kernel frees it with its holder.
+    The slot's byte in memory says the same for those who look for a free one. It is a hint: now and then the first in
+    the queue tries the locks themselves, and so finds the slots of the dead.
+ 8. Those who wait for a slot queue: each takes a number and a place, and notes there when it last looked. The lowest
+    number of those who have looked lately may take a slot; who comes new while others wait queues behind them. Who is
+    dead or stopped looks no more, and is passed over.
+ 9. A place that nobody has looked from for long is given to another; its number finds a new one if it was alive.
+10. A named segment is of one user (owner and mode 0600 are checked). Everybody who uses it holds a shared lock on the
+    presence byte. Who finds itself alone there sets the limits anew; others must have asked for the same. The last to
+    leave takes the name away, and what the killed have left is swept by the next who makes a named gate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import secrets
+import struct
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+from shpool.errors import BoardError, BoardLayoutError, GateInUseError
+from shpool.gate.limits import MOST_CONNECTIONS, Lane, Limits
+from shpool.segments import (
+    FOLDER,
+    allocate,
+    leads_to,
+    open_segment,
+    opened_safely,
+    seal,
+    unlink_if_same,
+    unlink_if_there,
+)
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+MAGIC = int.from_bytes(b"shgate\0\1", sys.byteorder)
+
+EPOCH, _MAGIC, _CONNECTIONS, _NUMBER = 0, 1, 2, 3  # integers; all that follows are floats but the places' numbers
+CHECKED, NOT_BEFORE, CUT, CUT_AT, PASSED, LOOKED = 4, 5, 6, 7, 8, 9
+REQUESTS, UNITS = 10, 13  # lanes of three words
+WAITS, WAITED, REFUSALS, PAUSES = 16, 17, 18, 19
+_TAT = 2  # offset in a lane
+_PLACES = 128
+_FIRST_NUMBER, _FIRST_LOOK = 32, 32 + _PLACES
+_SLOTS = 8 * (32 + 2 * _PLACES)  # bytes
+SEGMENT_SIZE = _SLOTS + MOST_CONNECTIONS
+
+_MUTEX, _PRESENCE, _FIRST_SLOT_LOCK = 0, 1, 16  # bytes that are locked, not stored
+
+_AWAKE = 0.25  # s since its last look in which a waiter counts
+_FORGOTTEN = 5.0  # s since then after which its place is given away
+_CHECK_EVERY = 0.05  # s between two looks for slots of the dead
+_NAP = 0.002  # s between two looks of the first in the queue; the others take their time
+_LONGEST_NAP = 0.02  # s
+
+_PREFIX = f"shpool-gate-{os.geteuid()}-" if sys.platform == "linux" else "shg"
+_LONGEST_NAME = 200 if sys.platform == "linux" else 20
+
+HAS_LOCKS = hasattr(fcntl, "F_OFD_SETLK")
+
+
+def _flock(kind: int, byte: int) -> bytes:
+    """Return a ``struct flock`` of 64-bit Linux: type, whence, start, length, pid."""
+    return struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0)
+
+
+_LOCK_MUTEX, _UNLOCK_MUTEX = _flock(fcntl.F_WRLCK, _MUTEX), _flock(fcntl.F_UNLCK, _MUTEX)
+_SLOT_LOCKS = [_flock(fcntl.F_WRLCK, _FIRST_SLOT_LOCK + index) for index in range(MOST_CONNECTIONS)]
+_SLOT_UNLOCKS = [_flock(fcntl.F_UNLCK, _FIRST_SLOT_LOCK + index) for index in range(MOST_CONNECTIONS)]
+
+
+class Segment:
+    """One process's hold on a gate's memory; ``with segment:`` is the mutex.
+
+    Args:
+        descriptor: An open file of this process alone; closed by ``close()``.
+        name: The gate's name, empty for none.
+
+    Attributes:
+        integers: The words as integers.
+        floats: The words as floats.
+    """
+
+    def __init__(self, descriptor: int, name: str = "") -> None:
+        self.name = name
+        self.descriptor = descriptor
+        self._map = mmap.mmap(descriptor, SEGMENT_SIZE)
+        whole = memoryview(self._map)
+        self.integers = whole[:_SLOTS].cast("Q")
+        self.floats = whole[:_SLOTS].cast("d")
+        self._slots = whole[_SLOTS:]
+        self._numbers = self.integers[_FIRST_NUMBER : _FIRST_NUMBER + _PLACES]
+        self._looks = self.floats[_FIRST_LOOK : _FIRST_LOOK + _PLACES]
+        self._threads = threading.Lock()
+        self._held: set[int] = set()  # slots of this process; changed under the mutex, but let go of without
+
+    # The mutex
+
+    def __enter__(self) -> None:
+        self._threads.acquire()
+        try:
+            self._lock(_LOCK_MUTEX)
+        except BaseException:  # ^C, maybe when the lock was there already
+            self.__exit__(None, None, None)
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._lock(_UNLOCK_MUTEX)
+        finally:
+            self._threads.release()
+
+    def _lock(self, request: bytes) -> None:
+        if HAS_LOCKS:
+            fcntl.fcntl(self.descriptor, fcntl.F_OFD_SETLKW, request)
+
+    def _try_lock(self, request: bytes) -> bool:
+        if not HAS_LOCKS:
+            return True
+        try:
+            fcntl.fcntl(self.descriptor, fcntl.F_OFD_SETLK, request)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
+    # The layout
+
+    def write_layout(self, limits: Limits, now: float) -> None:
+        """Make the memory a gate on which nothing has happened yet."""
+        self._map[:] = bytes(SEGMENT_SIZE)
+        floats, integers = self.floats, self.integers
+        for lane, rate, burst in (
+            (REQUESTS, limits.requests, limits.burst),
+            (UNITS, limits.units, limits.units_burst),
+        ):
+            floats[lane], floats[lane + 1] = rate, burst
+        floats[NOT_BEFORE] = now
+        integers[_CONNECTIONS] = limits.connections
+        integers[EPOCH] = 0 if limits.are_none else 1
+        integers[_MAGIC] = MAGIC
+
+    @property
+    def is_complete(self) -> bool:
+        """Tell whether the memory holds a gate of this layout."""
+        return self.integers[_MAGIC] == MAGIC
+
+    @property
+    def limits(self) -> Limits:
+        """The limits it was made with."""
+        floats = self.floats
+        return Limits(floats[REQUESTS], floats[UNITS], self.connections, floats[REQUESTS + 1], floats[UNITS + 1])
+
+    @property
+    def connections(self) -> int:
+        """Most requests at once; 0 for no limit."""
+        return self.integers[_CONNECTIONS]
+
+    def lane(self, lane: int) -> Lane:
+        """Return a rate as it stands."""
+        return Lane(*self.floats[lane : lane + 3])
+
+    def store_tat(self, lane: int, tat: float) -> None:
+        """Store a theoretical arrival time."""
+        self.floats[lane + _TAT] = tat
+
+    # Connection slots
+
+    @property
+    def taken(self) -> int:
+        """How many slots are taken, as far as their bytes tell."""
+        return sum(self._slots[: self.connections])
+
+    def take_slot(self, number: int, place: int, now: float) -> tuple[int, int, int, float]:
+        """Take a connection slot, or queue for one; under the mutex.
+
+        Args:
+            number: What an earlier call returned; 0 at first.
+            place: Likewise; -1 at first.
+            now: The time.
+
+        Returns:
+            The slot or -1; the number and place in the queue; seconds until it is worth another look.
+        """
+        before = self._waiting_before(number, now)
+        if not before:
+            slot = self._find_slot(now)
+            if slot >= 0:
+                self._leave(number, place)
+                return slot, 0, -1, 0.0
+        if not number:
+            number = self.integers[_NUMBER] = self.integers[_NUMBER] + 1
+        place = self._stay(number, place, now)
+        return -1, number, place, min(_NAP * (before + 1), _LONGEST_NAP)
+
+    def free_slot(self, slot: int) -> None:
+        """Give a slot back; without the mutex, as finalizers call this, in the midst of anything."""
+        if slot not in self._held:  # it was taken before a fork, and is the parent's
+            return
+        self._slots[slot] = 0
+        if self.descriptor >= 0:
+            self._try_lock(_SLOT_UNLOCKS[slot])
+        self._held.discard(slot)  # last: else another thread could take it, and be unlocked
+
+    def leave_queue(self, number: int, place: int) -> None:
+        """Wait no more; without the mutex, as above."""
+        self._leave(number, place)
+
+    def _waiting_before(self, number: int, now: float) -> int:
+        """Count those that wait with a lower number (rule 8); all that wait, for one without."""
+        since = now - _AWAKE
+        if self.floats[LOOKED] < since:
+            return 0
+        waiting = zip(self._numbers.tolist(), self._looks.tolist(), strict=True)
+        return sum(other > 0 and looked >= since and (other < number or not number) for other, looked in waiting)
+
+    def _stay(self, number: int, place: int, now: float) -> int:
+        """Note that a number is still waiting; return its place, -1 when there is none left."""
+        if place < 0 or self._numbers[place] != number:
+            place = self._free_place(now)
+        if place >= 0:
+            self._looks[place] = now
+            self._numbers[place] = number
+        self.floats[LOOKED] = now
+        return place
+
+    def _free_place(self, now: float) -> int:
+        numbers, looks = self._numbers.tolist(), self._looks.tolist()
+        free = (index for index in range(_PLACES) if not numbers[index] or looks[index] < now - _FORGOTTEN)
+        return next(free, -1)
+
+    def _leave(self, number: int, place: int) -> None:
+        if place >= 0 and self._numbers[place] == number:
+            self._numbers[place] = 0
+
+    def _find_slot(self, now: float) -> int:
+        """Take a free slot and return it, -1 when there is none."""
+        count = self.connections
+        slot = bytes(self._slots[:count]).find(0)
+        if slot >= 0:
+            return self._lock_slot(slot)
+        if now - self.floats[CHECKED] < _CHECK_EVERY:
+            return -1
+        self.floats[CHECKED] = now
+        return next((slot for slot in range(count) if self._lock_slot(slot) >= 0), -1)
+
+    def _lock_slot(self, slot: int) -> int:
+        if slot in self._held or not self._try_lock(_SLOT_LOCKS[slot]):
+            return -1
+        self._held.add(slot)
+        self._slots[slot] = 1
+        return slot
+
+    # Life
+
+    def be_present(self) -> None:
+        """Let others see that the segment is in use (rule 10)."""
+        self._try_lock(_flock(fcntl.F_RDLCK, _PRESENCE))
+
+    def is_alone(self) -> bool:
+        """Tell whether nobody else uses the segment; nobody can come to while this process has the mutex."""
+        return self._try_lock(_flock(fcntl.F_WRLCK, _PRESENCE))
+
+    def reopen(self) -> None:
+        """In a forked child: become a process of its own (rule 5). Descriptors of the parent's open file are closed."""
+        self._threads = threading.Lock()
+        self._held = set()
+        if self.descriptor < 0:
+            return
+        inherited, self.descriptor = self.descriptor, own_descriptor(self.descriptor)
+        os.close(inherited)
+        self.be_present()
+
+    def close(self) -> None:
+        """Let go; the last takes the name away. What is known of it can still be read."""
+        try:
+            if self.name:
+                with self:
+                    if self.is_alone():
+                        unlink_if_same(_PREFIX + self.name, self.descriptor)
+        finally:
+            descriptor, self.descriptor = self.descriptor, -1
+            os.close(descriptor)
+
+
+def own_descriptor(descriptor: int) -> int:
+    """Open the file behind a descriptor once more, for this process alone (rule 5)."""
+    try:
+        return os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:  # no /proc, as on macOS: there are no such locks either
+        return os.dup(descriptor)
+
+
+def anonymous_segment(limits: Limits, now: float) -> Segment:
+    """Create a gate's memory without a name, for the processes its descriptor is handed to.
+
+    Raises:
+        BoardError: The system has no room for shared memory.
+    """
+    try:
+        descriptor = os.memfd_create("shpool-gate", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except (AttributeError, OSError):  # not Linux, or a sandbox that refuses it
+        name = "shg" + secrets.token_hex(8)
+        descriptor = open_segment(name, os.O_CREAT | os.O_EXCL | os.O_RDWR)
+        unlink_if_there(name)
+    try:
+        allocate(descriptor, "anonymous", SEGMENT_SIZE)
+        seal(descriptor, against_writes=False)
+        segment = Segment(descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    segment.write_layout(limits, now)
+    return segment
+
+
+def named_segment(name: str, limits: Limits, now: float) -> Segment:
+    """Join the gate of that name, or make it.
+
+    Raises:
+        ValueError: The name cannot be one of a shared-memory segment.
+        GateInUseError: Others use it with other limits.
+        ForeignBoardError: Another user holds the name.
+        BoardLayoutError: Something else holds it.
+        BoardError: The system has no room for shared memory.
+    """
+    _check_name(name)
+    if not HAS_LOCKS:
+        detail = "this system has no locks that belong to open files, so a gate cannot have a name"
+        raise BoardError(name, detail)
+    sweep_left()
+    while True:
+        with opened_safely(_PREFIX + name, os.O_RDWR | os.O_CREAT) as descriptor:
+            segment = _joined(name, descriptor, limits, now)
+        if segment is not None:
+            return segment
+
+
+def sweep_left() -> list[str]:
+    """Take away the names of this user's gates that nobody uses; return them. Linux only, else nothing."""
+    swept = []
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(FOLDER):
+            if not entry.name.startswith(_PREFIX):
+                continue
+            with contextlib.suppress(OSError, BoardError), opened_safely(entry.name, os.O_RDWR) as descriptor:
+                if _is_left(descriptor) and unlink_if_same(entry.name, descriptor):
+                    swept.append(entry.name.removeprefix(_PREFIX))
+    return swept
+
+
+def _is_left(descriptor: int) -> bool:
+    """Tell whether nobody uses a segment; both locks go with the descriptor."""
+    if not HAS_LOCKS or os.fstat(descriptor).st_size not in {0, SEGMENT_SIZE}:
+        return False
+    try:
+        for byte in (_MUTEX, _PRESENCE):
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, byte))
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def _joined(name: str, descriptor: int, limits: Limits, now: float) -> Segment | None:
+    """Return a hold on a named segment, None if its last user is taking the name away at this moment."""
+    fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW, _LOCK_MUTEX)
+    try:
+        size = os.fstat(descriptor).st_size
+        if not leads_to(_PREFIX + name, descriptor):
+            return None
+        if size not in {0, SEGMENT_SIZE}:
+            raise BoardLayoutError(_PREFIX + name, f"{size} bytes are no gate")
+        if not size:
+            allocate(descriptor, _PREFIX + name, SEGMENT_SIZE)
+        segment = Segment(os.dup(descriptor), name)  # the same open file, so its locks stay
+        try:
+            _agree(segment, limits, now)
+        except BaseException:
+            os.close(segment.descriptor)
+            raise
+        return segment
+    finally:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _UNLOCK_MUTEX)
+
+
+def _agree(segment: Segment, limits: Limits, now: float) -> None:
+    """Set the limits of a segment that nobody uses, else see that they are the same (rule 10)."""
+    if segment.is_alone() or not segment.is_complete:
+        segment.write_layout(limits, now)
+    elif segment.limits != limits:
+        raise GateInUseError(segment.name, str(segment.limits), str(limits))
+    segment.be_present()
+
+
+def _check_name(name: str) -> None:
+    is_text = isinstance(name, str) and 0 < len(name) <= _LONGEST_NAME and "/" not in name and "\0" not in name
+    if not is_text:
+        msg = f"a gate's name must have 1 to {_LONGEST_NAME} characters and no slash, not {name!r}"
+        raise ValueError(msg)

@@ -1,0 +1,131 @@
+"""Leave to send one request, and what a gate must offer: the seam for gates of any kind."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Protocol
+
+from shpool.retry import parse_retry_after
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from shpool.retry import RetryAfterUnit
+
+    class Fields(Protocol):
+        """Header fields of an answer: a mapping whose names are lower case, or compare without case."""
+
+        def get(self, name: str, /) -> str | None:
+            """Return a field, None where there is none."""
+
+
+_UNTOLD = 1.0  # s; a 429 that does not say how long
+_TOO_MANY, _UNAVAILABLE = 429, 503
+_SPENT = "x-processingunits-spent"  # as Sentinel Hub and the Copernicus Data Space name it
+
+
+class AccountGate(Protocol):
+    """What holds requests back; the one in shared memory, or what an engine brings elsewhere."""
+
+    def acquire(self, cost: float = 1.0) -> Ticket:
+        """Wait until one more request may be sent; return the leave to do so."""
+
+    def try_acquire(self, cost: float = 1.0) -> Ticket:
+        """Return a ticket at once; its ``due_in()`` tells when it may be used."""
+
+    def advance(self, ticket: Ticket) -> float:
+        """Return the seconds until a ticket may be used, or until it is worth another look; 0 once it may be."""
+
+    def settle(self, ticket: Ticket, spent: float) -> None:
+        """Count what a request has really cost in place of what was reckoned."""
+
+    def pause(self, seconds: float, ticket: Ticket | None = None, *, learn: bool = False) -> None:
+        """Let no request go for so long.
+
+        Args:
+            seconds: From now on.
+            ticket: Of the request whose answer asked for it; echoes of one refusal are known by it.
+            learn: The rate was too high.
+        """
+
+    def release(self, ticket: Ticket) -> None:
+        """Take a ticket back: its request has ended, or is not to be sent. Harmless when repeated."""
+
+
+class Ticket:
+    """Leave to send one request, now or soon; a context manager that ends with the request.
+
+    Attributes:
+        cost: Processing units it was reckoned to cost; once it is settled, what it did cost.
+        moment: When it may be used, None before that is known. Like the following, for the gate alone.
+        epoch: In which that was so.
+        slot: The connection slot it holds; -1 for none.
+        number: In the queue for one; 0 for none.
+        place: Likewise; -1 for none.
+        counted: Until when its waiting is counted.
+        waited: Whether it is counted among those that waited.
+    """
+
+    moment: float | None = None  # of the class, as these are until a gate says otherwise: a free gate never does
+    epoch = 0
+    slot = place = -1
+    number = 0
+    counted = 0.0
+    waited = False
+
+    def __init__(self, gate: AccountGate, cost: float) -> None:
+        self._gate = gate
+        self.cost = cost
+
+    def due_in(self) -> float:
+        """Return the seconds until it may be used, or until this is worth another call; 0 once it may be."""
+        return self._gate.advance(self)
+
+    def settle(self, spent: float) -> None:
+        """Count what the request has really cost, in processing units."""
+        self._gate.settle(self, spent)
+
+    def heed(self, status: int, fields: Fields, unit: RetryAfterUnit = "s") -> None:
+        """Do what an answer says: settle the cost, or pause everybody.
+
+        Args:
+            status: HTTP status.
+            fields: Header fields.
+            unit: What a number in ``Retry-After`` counts at this provider.
+        """
+        spent = _number(fields.get(_SPENT))
+        if spent is not None:
+            self._gate.settle(self, spent)
+        if status not in {_TOO_MANY, _UNAVAILABLE}:
+            return
+        seconds = parse_retry_after(fields.get("retry-after"), now=time.time(), unit=unit)
+        if seconds is None and status == _TOO_MANY:
+            seconds = _UNTOLD
+        if seconds is not None:
+            self._gate.pause(seconds, self, learn=status == _TOO_MANY)
+
+    def release(self) -> None:
+        """Give it back: the request has ended. Harmless when repeated."""
+        self._gate.release(self)
+
+    def __del__(self) -> None:
+        if self.slot >= 0 or self.number:  # forgotten, as by a request that failed
+            self._gate.release(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._gate.release(self)
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return number if 0.0 <= number < float("inf") else None
