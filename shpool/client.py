@@ -11,48 +11,56 @@ The rules:
  5. No proxy stands between this machine and itself: it would be sent the token in the clear.
  6. ``HTTPClient`` hands out answers and errors from which the token was taken. Those of a plain ``requests`` call with
     ``BearerAuth`` hold their request, and the request its header: do not pickle or print these.
+ 7. What carries the token goes through the gate (see ``transport``); with ``BearerAuth`` its first attempt and the one
+    after a 401 do, redirects within the origin do not.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import requests
-from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
 from requests.structures import CaseInsensitiveDict
-from urllib3.util.retry import Retry
 
 from shpool.bearer import NEW_TOKEN_WITHIN, HostRule, lacks_scope
 from shpool.origins import host_of, is_loopback_host
-from shpool.retry import parse_retry_after
+from shpool.transport import GatedAdapter, Passage, note_ticket
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from shpool.bearer import TokenHolder
+    from shpool.gate import AccountGate
     from shpool.retry import RetryAfterUnit
     from shpool.tokens import Token
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 4  # as sentinelhub-py's max_download_attempts
 TIMEOUT = (10.0, 120.0)  # s to connect, and without a byte; the latter as sentinelhub-py's download_timeout_seconds
-_LONGEST_RETRY_AFTER = 120.0  # s; a server that asks for more gets its answer to the caller instead
 _UNAUTHORIZED = 401
 _AUTHORIZATION = "authorization"
-_PASSING = (408, 425, 429, 500, 502, 503, 504)
 
 
 class BearerAuth(AuthBase):
     """Authenticate ``requests`` calls with the token as it is at that moment, and apply the 401 rule.
 
     requests.get(url, auth=current_session().auth)
+
+    Args:
+        holder: Whose token to send.
+        gate: What a request waits for before it is sent; None for nothing.
+        retry_after_unit: What a number in ``Retry-After`` counts, ``s`` or ``ms``.
     """
 
-    def __init__(self, holder: TokenHolder) -> None:
+    def __init__(
+        self, holder: TokenHolder, gate: AccountGate | None = None, retry_after_unit: RetryAfterUnit = "s"
+    ) -> None:
         self._holder = holder
+        self._gate = gate
+        self._unit = retry_after_unit
         self._hosts = HostRule(holder)
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -65,7 +73,11 @@ class BearerAuth(AuthBase):
         url = request.url or ""
         if not self._hosts.admits(url):
             return request
+        ticket = None if self._gate is None else self._gate.acquire()
         attempt = _Attempt(self._holder, self._holder.token, _position(request.body))
+        if self._gate is not None and ticket is not None:
+            note_ticket(request, ticket)
+            attempt.passage = Passage(self._gate, self._unit, ticket)
         request.headers = _BearerHeaders(request.headers)
         request.headers["Authorization"] = attempt.header
         request.register_hook("response", attempt.take_answer)  # type: ignore[no-untyped-call]  # types-requests leaves it out
@@ -80,9 +92,11 @@ class _Attempt:
         self._generation = token.generation
         self._position = position
         self.header = f"Bearer {token.access_token}"
+        self.passage: Passage | None = None
 
     def take_answer(self, response: requests.Response, **kwargs: Any) -> requests.Response:  # noqa: ANN401 - requests' hook
-        """Apply the 401 rule to an answer."""
+        """Heed an answer, and apply the 401 rule to it."""
+        self._leave(response, kwargs)
         request = response.request
         was_ours = request.headers.get("Authorization") == self.header
         if (
@@ -100,10 +114,18 @@ class _Attempt:
         response.close()
         request.headers["Authorization"] = f"Bearer {token.access_token}"  # a redirect of the answer copies this one
         again = request.copy()
+        if self.passage is not None:
+            self.passage.enter()
         answer: requests.Response = response.connection.send(again, **kwargs)  # as requests' own digest auth does
+        self._leave(answer, kwargs)
         answer.history.append(response)
         answer.request = again
         return answer
+
+    def _leave(self, response: requests.Response, options: Mapping[str, Any]) -> None:
+        if self.passage is not None:
+            self.passage.heed(response)
+            self.passage.leave_after(response, stream=bool(options.get("stream")))
 
     def _rewind(self, request: requests.PreparedRequest) -> bool:
         """Put a body back to its start; tell whether the request can be sent again."""
@@ -134,20 +156,15 @@ class HTTPClient(requests.Session):
     Args:
         holder: Whose token to send.
         retry_after_unit: What a number in ``Retry-After`` counts, ``s`` or ``ms``.
+        gate: What each attempt waits for before it is sent; None for nothing.
     """
 
-    def __init__(self, holder: TokenHolder, retry_after_unit: RetryAfterUnit = "s") -> None:
+    def __init__(
+        self, holder: TokenHolder, retry_after_unit: RetryAfterUnit = "s", gate: AccountGate | None = None
+    ) -> None:
         super().__init__()
         self.auth = BearerAuth(holder)
-        kind = _MillisecondRetry if retry_after_unit == "ms" else _BoundedRetry
-        retries = kind(
-            total=ATTEMPTS - 1,
-            status_forcelist=_PASSING,
-            backoff_factor=1.0,
-            backoff_jitter=1.0,
-            raise_on_status=False,
-        )
-        adapter = HTTPAdapter(max_retries=retries)
+        adapter = GatedAdapter(gate, retry_after_unit)
         self.mount("https://", adapter)
         self.mount("http://", adapter)
         weakref.finalize(self, adapter.close)
@@ -185,23 +202,6 @@ class HTTPClient(requests.Session):
         url, origin = prepared_request.url or "", response.request.url or ""
         if "Authorization" in prepared_request.headers and self.should_strip_auth(origin, url):  # type: ignore[no-untyped-call]  # types-requests leaves it out
             del prepared_request.headers["Authorization"]
-
-
-class _BoundedRetry(Retry):
-    """urllib3's retries, less the will to sleep for hours because a server said so, or to fail over an odd word."""
-
-    unit: RetryAfterUnit = "s"
-
-    def parse_retry_after(self, retry_after: str) -> float:
-        """Return the seconds to wait; 0 leaves it to the backoff."""
-        seconds = parse_retry_after(retry_after, now=time.time(), unit=self.unit)
-        return min(seconds or 0.0, _LONGEST_RETRY_AFTER)
-
-
-class _MillisecondRetry(_BoundedRetry):
-    """For providers whose ``Retry-After`` counts milliseconds."""
-
-    unit = "ms"
 
 
 def _strip(request: Any) -> None:  # noqa: ANN401 - a request, prepared or not

@@ -18,6 +18,7 @@ from shpool.channels import NamedChannel, TeeChannel
 from shpool.engines.base import Engine, Task
 from shpool.engines.setup import WorkerSetup
 from shpool.errors import LoginError, TokenUnavailableError
+from shpool.gate import Gate
 from shpool.redaction import SECRET_VARIABLES
 from shpool.refresh import State
 from shpool.retry import Backoff, RetryPolicy, is_retryable
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import ParamSpec, Self
 
+    from shpool.gate import GateStats
     from shpool.lazymap import LazyMap
     from shpool.retry import RetryAfterUnit
     from shpool.sources import Session
@@ -72,6 +74,7 @@ class PoolStats:
         token_state: ``fresh``, ``stale``, ``expired`` or ``refused``.
         generation: Number of the token in use, 0 before the first.
         token_remaining: Seconds it has left, None before the first.
+        gate: The account's limits, what they made tasks wait, and what refusals have taught.
     """
 
     state: str
@@ -88,6 +91,7 @@ class PoolStats:
     token_state: str
     generation: int
     token_remaining: float | None
+    gate: GateStats
 
 
 class _Submitting(Executor, abc.ABC):
@@ -201,6 +205,8 @@ class AuthenticatedProcessPool(_Submitting):
         log_level: Least level of the workers' log records, which are handed to the parent's loggers of the same
             names, with ``worker`` (process id) and ``task`` as attributes, tokens masked; warnings too. 0 for the
             level of the parent's root logger, None to leave the workers' logging alone.
+        gate: The account's limits, which all workers keep together: a ``Gate``, or the name of a provider whose
+            limits are known, ``cdse`` or ``sentinelhub``. None for no limits but those that a server teaches by 429.
 
     Raises:
         ValueError: A setting is out of range, or the session does not refresh its token.
@@ -223,6 +229,7 @@ class AuthenticatedProcessPool(_Submitting):
         max_tasks_per_worker: int | None = None,
         max_worker_memory: int | None = None,
         log_level: int | str | None = logging.NOTSET,
+        gate: Gate | str | None = None,
     ) -> None:
         source_of(session)
         unit: RetryAfterUnit = getattr(session, "retry_after_unit", "s")
@@ -245,6 +252,8 @@ class AuthenticatedProcessPool(_Submitting):
             _checked_limit("max_tasks_per_worker", max_tasks_per_worker),
             _checked_limit("max_worker_memory", max_worker_memory),
         )
+        self._owns_gate = not isinstance(gate, Gate)
+        self._gate = _checked_gate(gate)
         self._lock = threading.RLock()  # guards the four below; held while starting, so that it happens once
         self._state = "new"
         self._engine: Engine | None = None
@@ -348,6 +357,7 @@ class AuthenticatedProcessPool(_Submitting):
             token_state=refresher.state().value if refresher is not None else State.EXPIRED.value,
             generation=token.generation if token is not None else 0,
             token_remaining=token.remaining(SYSTEM_CLOCK.now()) if token is not None else None,
+            gate=self._gate.stats(),
         )
 
     def __repr__(self) -> str:
@@ -394,7 +404,7 @@ class AuthenticatedProcessPool(_Submitting):
             engine.channel.close()
             raise
         engine.on_refused = sharing.refresher.report_refused
-        engine.on_end = sharing.end
+        engine.on_end = _ending(sharing, self._gate if self._owns_gate else None)
         self._engine, self._sharing, self._owner = engine, sharing, os.getpid()
         _live.add(self)
         try:
@@ -421,11 +431,11 @@ class AuthenticatedProcessPool(_Submitting):
         if self._engine_name == "inline":
             from shpool.engines.inline import Inline
 
-            return Inline(self._setup)
+            return Inline(self._setup, gate=self._gate)
         from shpool.engines.crew import Crew
 
         session = self._session
-        return Crew(self._workers, self._setup, blanked=lambda: _secret_variables(session))
+        return Crew(self._workers, self._setup, blanked=lambda: _secret_variables(session), gate=self._gate)
 
     def _close(self, *, cancel: bool, kill: bool, wait: bool) -> None:
         if self._engine is not None and os.getpid() != self._owner:
@@ -482,6 +492,17 @@ class PoolView(_Submitting):
 
     def __repr__(self) -> str:
         return f"<PoolView retries={self._policy.retries} timeout={self._timeout} of {self._pool!r}>"
+
+
+def _ending(sharing: SharingThread, gate: Gate | None) -> Callable[[], None]:
+    """Return what ends with the engine; it must not know the pool."""
+
+    def end() -> None:
+        sharing.end()
+        if gate is not None:
+            gate.close()
+
+    return end
 
 
 def _described(error: BaseException) -> str:
@@ -549,6 +570,17 @@ def _checked_limit(name: str, limit: int | None) -> int | None:
         msg = f"{name} must be an integer >= 1, or None, not {limit!r}"
         raise ValueError(msg)
     return limit
+
+
+def _checked_gate(gate: Gate | str | None) -> Gate:
+    if gate is None:
+        return Gate()
+    if isinstance(gate, str):
+        return Gate.preset(gate)
+    if not isinstance(gate, Gate):
+        msg = f"gate must be a Gate, the name of a provider or None, not {gate!r}"  # type: ignore[unreachable]  # callers without a type checker
+        raise TypeError(msg)
+    return gate
 
 
 def _checked_function(name: str, function: F) -> F:

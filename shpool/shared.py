@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from shpool.channels import TokenReader
     from shpool.client import BearerAuth, HTTPClient
+    from shpool.gate import AccountGate
     from shpool.retry import RetryAfterUnit
 
     _View = tuple[Sequence[int], int, float, Token]
@@ -43,6 +44,7 @@ class SharedSession:
         *,
         name: str | None = None,
         report: Callable[[int], None] = lambda _: None,
+        gate: AccountGate | None = None,
     ) -> None:
         self._reader = reader
         self._identity: object = getattr(reader, "identity", None)
@@ -55,6 +57,7 @@ class SharedSession:
         self._name = name
         self._report = report
         self._http: tuple[int, HTTPClient] | None = None  # with the process that made it
+        self._gate = gate
 
     @property
     def token(self) -> Token:
@@ -85,19 +88,31 @@ class SharedSession:
         return self._current_posting().retry_after_unit
 
     @property
+    def gate(self) -> AccountGate:
+        """What holds requests back so that the account's limits are kept; ``.http`` and ``.auth`` go through it.
+
+        Where no pool gave one, as in a process that has collected the session, a free one of this process alone.
+        """
+        if self._gate is None:
+            from shpool.gate import Gate
+
+            self._gate = Gate()
+        return self._gate
+
+    @property
     def auth(self) -> BearerAuth:
-        """An auth object for ``requests``: the token of the moment, and one retry when a server refuses it."""
+        """An auth object for ``requests``: the token of the moment, one retry when a server refuses it, the gate."""
         from shpool.client import BearerAuth
 
-        return BearerAuth(self)
+        return BearerAuth(self, self.gate, self.retry_after_unit)
 
     @property
     def http(self) -> HTTPClient:
-        """A ``requests.Session`` of this process, with the token, retries and timeouts."""
+        """A ``requests.Session`` of this process, with the token, retries, timeouts and the gate."""
         if self._http is None or self._http[0] != os.getpid():
             from shpool.client import HTTPClient
 
-            self._http = os.getpid(), HTTPClient(self, self.retry_after_unit)
+            self._http = os.getpid(), HTTPClient(self, self.retry_after_unit, self.gate)
         return self._http[1]
 
     def info(self) -> dict[str, Any]:

@@ -40,6 +40,7 @@ _NAMES = (
     "Location",
     "Retry-After",
     "WWW-Authenticate",
+    "X-ProcessingUnits-Spent",
 )
 _FIELDS = {
     form.encode(): name.lower() for name in _NAMES for form in (name, name.lower())

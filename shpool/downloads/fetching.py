@@ -9,6 +9,8 @@ The rules, besides those of ``transfer`` and ``partfile``:
  3. A ``Retry-After`` holds back all requests to that origin, not only the file that met it.
  4. A full disk fails what has not begun, without asking for it.
  5. A file is reported once it is durable.
+ 6. A request with the token goes through the account's gate; the transfers under way go on meanwhile. Its ticket is
+    the file's until the answer has been read, be it that of a redirect to another origin.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from shpool.downloads.incoming import Incoming
 from shpool.downloads.items import DownloadResult, FetchSettings
 from shpool.downloads.partfile import translated
 from shpool.downloads.press import Arrived, Press
+from shpool.downloads.tickets import TicketDesk
 from shpool.downloads.transfer import MOST_REDIRECTS, Failure, Redirect, Refused, StartOver
 from shpool.errors import (
     ContentError,
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from shpool.downloads.curling import CurlOptions, CurlTrouble
     from shpool.downloads.items import PlannedItem
     from shpool.downloads.transfer import Verdict
+    from shpool.gate import AccountGate
     from shpool.retry import RetryAfterUnit
 
 _LOOK_AGAIN = 0.05  # s between two looks for a newer token
@@ -86,12 +90,14 @@ class FetchGroup:
             NoSessionError: The token is to be sent, and this is no worker of a pool.
         """
         holder: TokenHolder | None = None
+        gate: AccountGate | None = None
         if self.settings.authenticated:
             from shpool.shared import current_session
 
-            holder = current_session()
+            holder = session = current_session()
+            gate = session.gate
         begun = time.monotonic()
-        results = GroupFetch(self.settings, open_loop(self.settings.curl), holder).run(group)
+        results = GroupFetch(self.settings, open_loop(self.settings.curl), holder, gate).run(group)
         return FetchedGroup(results, time.monotonic() - begun)
 
 
@@ -102,14 +108,18 @@ class GroupFetch:
         settings: How.
         loop: Carries the transfers; its connections outlive the group.
         holder: Whose token to send; None for none.
+        gate: What requests with the token go through; None for nothing.
     """
 
-    def __init__(self, settings: FetchSettings, loop: CurlLoop, holder: TokenHolder | None) -> None:
+    def __init__(
+        self, settings: FetchSettings, loop: CurlLoop, holder: TokenHolder | None, gate: AccountGate | None = None
+    ) -> None:
         self._settings = settings
         self._loop = loop
         self._folder = Folder(settings.folder)
         self._desk = None if holder is None else TokenDesk(holder)
         self._unit: RetryAfterUnit = getattr(holder, "retry_after_unit", "s")
+        self._tickets = TicketDesk(gate, self._unit)
         self._ready: deque[Incoming] = deque()
         self._waiting: list[tuple[float, int, Incoming]] = []  # a heap by due time; the number breaks ties
         self._order = itertools.count()
@@ -127,7 +137,7 @@ class GroupFetch:
                 if self._loop.busy:
                     for incoming, trouble in self._loop.poll(self._until_due()):
                         self._conclude(incoming, trouble)
-                elif self._waiting and self._press.is_empty:
+                elif (self._waiting or self._ready) and self._press.is_empty:
                     time.sleep(self._until_due())
                 self._take_finished()
         finally:
@@ -140,7 +150,7 @@ class GroupFetch:
         now = time.monotonic()
         while self._waiting and self._waiting[0][0] <= now:
             self._ready.append(heapq.heappop(self._waiting)[2])
-        while self._loop.has_room and self._press.has_room:
+        while self._loop.has_room and self._press.has_room and not self._tickets.is_shut:
             if self._ready:
                 self._ask(self._ready.popleft())
             elif len(self._waiting) >= _MOST_WAITING or (planned := next(queue, None)) is None:
@@ -185,6 +195,9 @@ class GroupFetch:
             except InsecureUrlError as exc:
                 self._give_up(incoming, exc)
                 return
+        if token is not None and not self._tickets.admit(incoming):
+            self._ready.appendleft(incoming)
+            return
         fields = incoming.request_fields()
         incoming.generation = None
         if token is not None:
@@ -198,12 +211,21 @@ class GroupFetch:
     def _until_due(self) -> float:
         if not self._press.is_empty:
             return _HURRY
-        return max(min(self._waiting[0][0] - time.monotonic(), _LONGEST_POLL), 0.0) if self._waiting else _LONGEST_POLL
+        due = time.monotonic() + _LONGEST_POLL
+        if self._waiting:
+            due = min(due, self._waiting[0][0])
+        if self._ready:
+            due = min(due, self._tickets.shut_until)
+        return max(due - time.monotonic(), 0.0)
 
     # Concluding
 
     def _conclude(self, incoming: Incoming, trouble: CurlTrouble | Exception | None) -> None:
-        self._follow(incoming, incoming.conclude(trouble))
+        self._tickets.heed(incoming)
+        outcome = incoming.conclude(trouble)
+        if not isinstance(outcome, Redirect):
+            self._tickets.take_back(incoming)
+        self._follow(incoming, outcome)
 
     def _follow(self, incoming: Incoming, outcome: Verdict | DownloadResult | Arrived) -> None:
         """Do what an answer means."""
@@ -269,7 +291,7 @@ class GroupFetch:
         self._results.append(incoming.failed(error))
 
     def _take_finished(self) -> None:
-        hurry = not self._loop.busy and not self._ready
+        hurry = not self._loop.busy and (not self._ready or self._tickets.is_shut)
         for incoming, arrived in self._press.take(hurry=hurry):
             if arrived.error is None:
                 self._results.append(incoming.done(arrived.part.size))
@@ -279,7 +301,9 @@ class GroupFetch:
     def _abandon(self) -> None:
         """Keep what is unfinished for another run; nothing is left to do in a run that ended well."""
         unfinished = [*self._loop.cancel(), *self._ready, *(incoming for _, _, incoming in self._waiting)]
+        self._tickets.close()
         for incoming in unfinished:
+            self._tickets.take_back(incoming)
             with contextlib.suppress(OSError, DownloadError):  # the run ends for another reason already
                 incoming.close()
         self._press.close()

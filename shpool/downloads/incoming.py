@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from shpool.downloads.filenames import Folder
     from shpool.downloads.items import FetchSettings, PlannedItem
     from shpool.downloads.transfer import Answer, Verdict
+    from shpool.gate import Ticket
     from shpool.retry import RetryAfterUnit
 
 _KEPT_IN_MEMORY = 256 * 1024  # bytes of a file that arrive before some are written: small files are written in one go
@@ -55,6 +56,8 @@ class Incoming:
         self.url = item.url  # of the next request: redirects change it
         self.redirects = self.refusals = self.attempts = self.received = 0
         self.generation: int | None = None  # of the token the request under way was sent with
+        self.ticket: Ticket | None = None  # leave for the request under way, and for what it was redirected to
+        self.answer: Answer | None = None  # to the last request
         self.is_astray = False  # a redirect has led to another origin: the token stays behind
         self.begun = 0.0
         self.target: str | None = None
@@ -98,7 +101,7 @@ class Incoming:
     def request_fields(self) -> list[str]:
         """Return the header fields of the next request, and get ready for its answer."""
         self.attempts += not self.redirects
-        self._verdict = None
+        self._verdict = self.answer = None
         self._asked = Ask(self._wanted, self._standing(), self.url, self._unit)
         return self._asked.fields()
 
@@ -115,6 +118,7 @@ class Incoming:
     def take_head(self, answer: Answer) -> None:
         """Judge an answer, and get ready to write what follows."""
         assert self._asked is not None
+        self.answer = answer
         verdict = judge(answer, self._asked, time.time())
         if isinstance(verdict, Receive) and self.target is None:
             self._settle_name(answer.fields.get("content-disposition", ""))

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from shpool.channels import TokenChannel
     from shpool.engines.base import Tally, Task
     from shpool.engines.serve import Message
+    from shpool.gate import Gate
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +51,16 @@ class Crew:
         workers: Number of worker processes.
         setup: How each of them begins.
         blanked: Returns the environment variables they must not inherit; asked at each launch.
+        gate: What they all go through; None for a gate of its own in each.
     """
 
     def __init__(
-        self, workers: int, setup: WorkerSetup | None = None, *, blanked: Callable[[], Sequence[str]] = tuple
+        self,
+        workers: int,
+        setup: WorkerSetup | None = None,
+        *,
+        blanked: Callable[[], Sequence[str]] = tuple,
+        gate: Gate | None = None,
     ) -> None:
         self.workers = workers
         self._setup = setup or WorkerSetup()
@@ -62,7 +69,7 @@ class Crew:
         pickled_setup = dump_setup(self._setup)  # first, as it may fail, and nothing would close the board then
         self._board = anonymous_board()
         self._channel = BoardChannel(self._board)
-        self._launcher = Launcher(self._board, self._setup, pickled_setup, blanked)
+        self._launcher = Launcher(self._board, self._setup, pickled_setup, blanked, gate)
         self._numbers = itertools.count(1)
         self._imports = threading.Event()  # the loop has imported what it launches workers with
         self._is_over_for_good = threading.Event()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from shpool.channels import TokenChannel
     from shpool.engines.base import Task
+    from shpool.gate import AccountGate
 
 _turn = threading.RLock()  # current_session() has one answer in a process, so one task runs at a time, of whatever pool
 
@@ -31,6 +32,7 @@ class Inline:
 
     Args:
         setup: How the one worker, this process, begins.
+        gate: What its requests go through; None for a gate of its own.
     """
 
     workers = 1
@@ -38,13 +40,13 @@ class Inline:
     largest_batch = None
     failure = None
 
-    def __init__(self, setup: WorkerSetup | None = None) -> None:
+    def __init__(self, setup: WorkerSetup | None = None, *, gate: AccountGate | None = None) -> None:
         self._setup = setup or WorkerSetup()
         self.on_refused: Callable[[int], None] = lambda _: None
         self.on_end: Callable[[], None] = lambda: None
         board = anonymous_board()
         self._channel = BoardChannel(board)
-        self._session = SharedSession(board.reader(), report=self._report)
+        self._session = SharedSession(board.reader(), report=self._report, gate=gate)
         self._is_begun = self.has_ended = False
         self.tally = Tally()
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from shpool.board import Board
     from shpool.engines.setup import WorkerSetup
+    from shpool.gate import Gate
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Launcher:
         setup: How each of them begins.
         pickled_setup: The same as it travels.
         blanked: Returns the environment variables they must not inherit; asked at each launch.
+        gate: What they all go through; None for a gate of its own in each.
 
     Attributes:
         not_before: When the next launch may come, by ``time.monotonic``.
@@ -42,12 +44,18 @@ class Launcher:
     """
 
     def __init__(
-        self, board: Board, setup: WorkerSetup, pickled_setup: bytes, blanked: Callable[[], Sequence[str]]
+        self,
+        board: Board,
+        setup: WorkerSetup,
+        pickled_setup: bytes,
+        blanked: Callable[[], Sequence[str]],
+        gate: Gate | None = None,
     ) -> None:
         self._board = board
         self._setup = setup
         self._pickled_setup = pickled_setup
         self._blanked = blanked
+        self._gate = gate
         self._landing = memoryview(bytearray(RECEIVE_SIZE))  # where what all workers send arrives
         self.not_before = 0.0
         self.has_launched = False
@@ -61,7 +69,9 @@ class Launcher:
             OSError: The system starts no more processes or opens no more descriptors; the next launch must wait.
         """
         try:
-            member = Member.launch(self._board, self._setup, self._pickled_setup, self._blanked(), self._landing)
+            member = Member.launch(
+                self._board, self._setup, self._pickled_setup, self._blanked(), self._landing, self._gate
+            )
         except OSError as exc:
             logger.warning("a worker process cannot be started: %s; next attempt in %.0f s", exc, _PAUSE)
             self.not_before = time.monotonic() + _PAUSE

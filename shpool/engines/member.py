@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from shpool.engines.serve import Message
     from shpool.engines.setup import WorkerSetup
     from shpool.errors import TaskError
+    from shpool.gate import Gate
 
 _REAP_WITHIN = 2.0  # s between the end of a lifeline and the end of its process
 _REAP_STEP = 0.01  # s
@@ -128,8 +129,14 @@ class Member:
         self._parents_peak = _own_peak_memory()
 
     @classmethod
-    def launch(
-        cls, board: Board, setup: WorkerSetup, pickled_setup: bytes, blanked: Sequence[str], landing: memoryview
+    def launch(  # noqa: PLR0913, PLR0917 - all that a worker is made of
+        cls,
+        board: Board,
+        setup: WorkerSetup,
+        pickled_setup: bytes,
+        blanked: Sequence[str],
+        landing: memoryview,
+        gate: Gate | None = None,
     ) -> Member:
         """Start a worker process with loky; ``landing`` is where the crew's loop lets messages arrive.
 
@@ -147,10 +154,10 @@ class Member:
         recalled, recall = os.pipe()
         try:
             os.set_blocking(recall, False)
-            handle = board.handle()
+            handle, admission = board.handle(), None if gate is None else gate.handle()
             process = get_context("loky").Process(
                 target=work,
-                args=(LifelineHandle(theirs, recalled), handle, pickled_setup, tuple(blanked)),
+                args=(LifelineHandle(theirs, recalled), handle, pickled_setup, tuple(blanked), admission),
                 env={**setup.env, **dict.fromkeys(blanked, "")},
             )
             resource_tracker.ensure_running()  # before Python 3.13 its launch, inside start(), unblocks SIGINT
@@ -163,6 +170,8 @@ class Member:
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 handle.keep_from_others()
+                if admission is not None:
+                    admission.keep_from_others()
         except BaseException:
             ours.close()
             os.close(recall)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from shpool.board import BoardHandle, BoardReader
     from shpool.engines.setup import WorkerSetup
+    from shpool.gate import Gate, GateHandle
 
 HEADER = struct.Struct("=QBQ16sd")  # payload's length, kind, call number, function's digest, seconds
 NO_KEY = bytes(16)
@@ -299,7 +300,13 @@ class Lifeline:
         return messages is not None
 
 
-def work(lifeline: Lifeline, board: BoardHandle | BoardReader, setup: bytes, blanked: tuple[str, ...]) -> None:
+def work(
+    lifeline: Lifeline,
+    board: BoardHandle | BoardReader,
+    setup: bytes,
+    blanked: tuple[str, ...],
+    gate: GateHandle | Gate | None = None,
+) -> None:
     """Be a worker: take the shared session, serve tasks until told to stop. The process's main function.
 
     Args:
@@ -307,6 +314,7 @@ def work(lifeline: Lifeline, board: BoardHandle | BoardReader, setup: bytes, bla
         board: The pool's board; a ``BoardHandle`` before it was pickled.
         setup: The pickled ``WorkerSetup``.
         blanked: Environment variables that came blank, so that no secret is inherited; removed here.
+        gate: The pool's gate; a ``GateHandle`` before it was pickled.
     """
     # The terminal's ^C reaches the whole foreground group; what happens then is the parent's to decide. The signal
     # came blocked, so that none could strike while Python was starting.
@@ -320,7 +328,7 @@ def work(lifeline: Lifeline, board: BoardHandle | BoardReader, setup: bytes, bla
     os.register_at_fork(after_in_child=lifeline.let_go)
     threading.Thread(target=lifeline.watch, name="shpool-watch", daemon=True).start()
     try:
-        max_memory = _initialise(lifeline, board, setup)
+        max_memory = _initialise(lifeline, board, setup, gate)
     except BaseException as exc:  # noqa: BLE001 - border: the initializer is the user's
         lifeline.send(Kind.UNFIT, payload=dump_error(exc))
         return
@@ -329,10 +337,10 @@ def work(lifeline: Lifeline, board: BoardHandle | BoardReader, setup: bytes, bla
         serve(lifeline, max_memory)
 
 
-def _initialise(lifeline: Lifeline, board: Any, pickled_setup: bytes) -> int | None:  # noqa: ANN401 - a reader by now
+def _initialise(lifeline: Lifeline, board: Any, pickled_setup: bytes, gate: Any) -> int | None:  # noqa: ANN401 - a reader and a gate by now
     """Make this process what the ``WorkerSetup`` says; return the memory it may hold."""
     setup: WorkerSetup = load(pickled_setup)
-    session = SharedSession(board, report=lifeline.report)
+    session = SharedSession(board, report=lifeline.report, gate=gate)
     adopt_session(session)
     if setup.log_level is not None:
         relay(setup.log_level, lifeline.log, session.known_secrets)

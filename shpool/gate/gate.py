@@ -121,7 +121,6 @@ class Gate:
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         self._segment = segment
-        self._words = segment.integers
         self._limits = segment.limits
         self._clock = clock
         self._sleep = sleep
@@ -157,7 +156,7 @@ class Gate:
             ValueError: The cost is negative.
         """
         ticket = self.try_acquire(cost)
-        if not self._words[EPOCH]:
+        if not self._segment.integers[EPOCH]:
             return ticket
         try:
             while wait := self.advance(ticket):
@@ -180,7 +179,7 @@ class Gate:
 
     def advance(self, ticket: Ticket) -> float:
         """Return the seconds until a ticket may be used, or until it is worth another look; 0 once it may be."""
-        epoch = self._words[EPOCH]
+        epoch = self._segment.integers[EPOCH]
         if not epoch:
             return 0.0
         now = self._clock()
@@ -216,7 +215,7 @@ class Gate:
             floats[WAITS] += not ticket.waited
             floats[WAITED] += moment - ticket.counted
             ticket.waited, ticket.counted = True, moment
-        ticket.moment, ticket.epoch = moment, self._words[EPOCH]
+        ticket.moment, ticket.epoch = moment, self._segment.integers[EPOCH]
 
     def _requests_lane(self, now: float) -> Lane | None:
         """Return the lane of requests, at the rate that was given or learned; None without one."""
@@ -243,7 +242,7 @@ class Gate:
             return
         with self._segment:
             units = self._units_lane()
-            if units is not None and (more > 0 or ticket.epoch == self._words[EPOCH]):
+            if units is not None and (more > 0 or ticket.epoch == self._segment.integers[EPOCH]):
                 tat = max(units.tat, ticket.moment) if more > 0 else units.tat
                 self._segment.store_tat(UNITS, tat + more / units.rate)
 
@@ -259,7 +258,7 @@ class Gate:
         now = self._clock()
         until = now + min(max(seconds, 0.0), LONGEST_PAUSE)
         with self._segment:
-            is_news = ticket is None or ticket.epoch == self._words[EPOCH]
+            is_news = ticket is None or ticket.epoch == self._segment.integers[EPOCH]
             if is_news:
                 self._note_refusal(now, learn=learn)
             if is_news or until > self._segment.floats[NOT_BEFORE]:
@@ -272,7 +271,7 @@ class Gate:
         floats = self._segment.floats
         floats[PAUSES] += 1.0
         floats[REFUSALS] += learn
-        if learn and self._words[EPOCH] and math.isinf(self._limits.requests):
+        if learn and self._segment.integers[EPOCH] and math.isinf(self._limits.requests):
             floats[CUT] = cut_rate(self._learned(now) or math.inf, floats[PASSED], now - floats[NOT_BEFORE])
             floats[CUT_AT] = now
 
@@ -281,7 +280,7 @@ class Gate:
         floats = self._segment.floats
         floats[NOT_BEFORE] = until = max(until, floats[NOT_BEFORE])
         floats[PASSED] = 0.0
-        self._words[EPOCH] += 1
+        self._segment.integers[EPOCH] += 1
         for word, lane in ((REQUESTS, self._requests_lane(now)), (UNITS, self._units_lane())):
             if lane is not None:
                 self._segment.store_tat(word, lane.tat_if_empty(until))

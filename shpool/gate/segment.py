@@ -108,19 +108,24 @@ class Segment:
     def __init__(self, descriptor: int, name: str = "") -> None:
         self.name = name
         self.descriptor = descriptor
-        self._map = mmap.mmap(descriptor, SEGMENT_SIZE)
-        whole = memoryview(self._map)
+        self._look_at(memoryview(mmap.mmap(descriptor, SEGMENT_SIZE)))
+        self._threads = threading.Lock()
+        self._held: set[int] = set()  # slots of this process; changed under the mutex, but let go of without
+
+    def _look_at(self, whole: memoryview) -> None:
+        self._whole = whole
         self.integers = whole[:_SLOTS].cast("Q")
         self.floats = whole[:_SLOTS].cast("d")
         self._slots = whole[_SLOTS:]
         self._numbers = self.integers[_FIRST_NUMBER : _FIRST_NUMBER + _PLACES]
         self._looks = self.floats[_FIRST_LOOK : _FIRST_LOOK + _PLACES]
-        self._threads = threading.Lock()
-        self._held: set[int] = set()  # slots of this process; changed under the mutex, but let go of without
 
     # The mutex
 
     def __enter__(self) -> None:
+        if self.descriptor < 0:
+            msg = "the gate is closed"
+            raise ValueError(msg)
         self._threads.acquire()
         try:
             self._lock(_LOCK_MUTEX)
@@ -153,7 +158,7 @@ class Segment:
 
     def write_layout(self, limits: Limits, now: float) -> None:
         """Make the memory a gate on which nothing has happened yet."""
-        self._map[:] = bytes(SEGMENT_SIZE)
+        self._whole[:] = bytes(SEGMENT_SIZE)
         floats, integers = self.floats, self.integers
         for lane, rate, burst in (
             (REQUESTS, limits.requests, limits.burst),
@@ -306,6 +311,7 @@ class Segment:
         finally:
             descriptor, self.descriptor = self.descriptor, -1
             os.close(descriptor)
+            self._look_at(memoryview(bytearray(self._whole)))  # the map goes with the last view, and has a descriptor
 
 
 def own_descriptor(descriptor: int) -> int:

@@ -79,6 +79,11 @@ class Ticket:
         self._gate = gate
         self.cost = cost
 
+    @property
+    def is_connected(self) -> bool:
+        """Tell whether it holds a connection slot, which is to be given back as soon as the body is read."""
+        return self.slot >= 0
+
     def due_in(self) -> float:
         """Return the seconds until it may be used, or until this is worth another call; 0 once it may be."""
         return self._gate.advance(self)
