@@ -123,7 +123,7 @@ def run_command(folder: Path, server: LoopbackServer, *options: str) -> int:
     command = [sys.executable, "-c", LAUNCHER, "download", str(folder / "items.jsonl"), "--to", str(folder / "files")]
     command += ["--journal", str(folder / "run.db"), "--output", str(folder / "results.jsonl"), "--workers", "4"]
     command += [
-        "--connections",
+        "--transfers",
         "16",
         "--retries",
         "5",

@@ -147,7 +147,13 @@ def test_a_line_that_will_not_do_is_named(
     ("option", "value"),
     [
         ("--workers", "0"),
+        ("--transfers", "0"),
         ("--connections", "0"),
+        ("--connections", "1000000"),
+        ("--rate", "banana"),
+        ("--rate", "0/s"),
+        ("--units", "-3/min"),
+        ("--gate", "cds"),
         ("--retries", "-1"),
         ("--stall-timeout", "0"),
         ("--max-time", "soon"),
@@ -225,7 +231,7 @@ def test_signatures_in_urls_are_in_no_output_and_no_journal(shell: Shell, server
 def test_a_halt_ends_the_run(shell: Shell, server: LoopbackServer) -> None:
     urls = [f"{server.base_url}/files/missing{n}.tif" for n in range(200)]
     shell.write("u.txt", "\n".join(urls))
-    args = ["-w", "1", "--connections", "1", "--halt", "soon", "--journal", "run.db", *shell.log_in_at(server)]
+    args = ["-w", "1", "--transfers", "1", "--halt", "soon", "--journal", "run.db", *shell.log_in_at(server)]
     done = shell.run("download", "u.txt", "--to", "d", *args)
     assert done.returncode == 1
     assert "halted after 1 failed" in done.stderr
@@ -235,7 +241,7 @@ def test_a_halt_ends_the_run(shell: Shell, server: LoopbackServer) -> None:
 def test_a_time_limit_ends_the_run(shell: Shell, server: LoopbackServer) -> None:
     shell.write("u.txt", offer(server, 40)[0])
     server.delay(0.2, at="data")
-    args = ["-w", "1", "--connections", "1", "--max-time", "0.5", *shell.log_in_at(server)]
+    args = ["-w", "1", "--transfers", "1", "--max-time", "0.5", *shell.log_in_at(server)]
     done = shell.run("download", "u.txt", "--to", "d", *args)
     assert done.returncode == 1
     assert "stopped after --max-time" in done.stderr
@@ -309,7 +315,7 @@ def test_a_killed_group_goes_on_where_it_stood(shell: Shell, server: LoopbackSer
     big = content(6_000_000, 99)
     shell.write("u.txt", text + server.put_file("big.tif", big) + "\n")
     server.fail_file("big.tif", FileFault(stall_at=4_000_000))
-    args = ["download", "u.txt", "--to", "d", "-w", "2", "--connections", "2", "--journal", "run.db"]
+    args = ["download", "u.txt", "--to", "d", "-w", "2", "--transfers", "2", "--journal", "run.db"]
     args += ["--output", "out.jsonl", *shell.log_in_at(server)]
     part = shell.folder / "d" / "big.tif.part"
     with start(shell, *args) as process:

@@ -20,8 +20,11 @@ from shpool_cli.ending import say_how_to_go_on, see_through
 from shpool_cli.filereport import FileSummary
 from shpool_cli.filerun import Order
 from shpool_cli.options import (
+    ConnectionsOption,
     FormatOption,
     FreshOption,
+    GateOption,
+    GateOptions,
     HaltOption,
     JournalOption,
     JsonOption,
@@ -30,6 +33,8 @@ from shpool_cli.options import (
     OnlyFailedOption,
     OutputOption,
     ProgressOption,
+    RateOption,
+    UnitsOption,
     WorkersOption,
     at_least,
     check_journal,
@@ -47,15 +52,19 @@ def download(  # noqa: PLR0913 - options of a command line
         Path, typer.Option("--to", metavar="DIR", help="Where files go; made if need be. Nothing is written outside.")
     ],
     workers: WorkersOption = None,
-    connections: Annotated[
+    transfers: Annotated[
         int,
         typer.Option(
-            "--connections",
+            "--transfers",
             parser=at_least(1),
             metavar="INTEGER",
-            help="Transfers at once in each worker. More than the server allows brings HTTP 429.",
+            help="Transfers at once in each worker; --connections limits those of all.",
         ),
     ] = 8,
+    gate: GateOption = None,
+    rate: RateOption = None,
+    units: UnitsOption = None,
+    connections: ConnectionsOption = None,
     retries: Annotated[
         int,
         typer.Option(
@@ -127,7 +136,7 @@ def download(  # noqa: PLR0913 - options of a command line
         form=form,
         output=output,
         workers=workers,
-        connections=connections,
+        transfers=transfers,
         retries=retries,
         stall_timeout=stall_timeout,
         overwrite=overwrite,
@@ -140,6 +149,7 @@ def download(  # noqa: PLR0913 - options of a command line
         fresh=fresh,
         progress=progress,
         login=LoginOptions(profile, token_url, client_id, client_secret_file, scope),
+        gate=GateOptions(gate, rate, units, connections),
     )
     check_journal(journal, source, output, fresh=fresh, only_failed=only_failed)
     if ca_bundle is not None and not ca_bundle.is_file():

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from shpool_cli.filelist import Files
     from shpool_cli.filereport import FileSummary
     from shpool_cli.inputs import Format
+    from shpool_cli.options import GateOptions
     from shpool_cli.output.results import ResultWriter
 
 
@@ -38,7 +39,7 @@ class Order:
     form: Format | None
     output: Path | None
     workers: int | None
-    connections: int
+    transfers: int
     retries: int
     stall_timeout: float
     overwrite: bool
@@ -51,6 +52,7 @@ class Order:
     fresh: bool
     progress: bool | None
     login: LoginOptions
+    gate: GateOptions
 
     @property
     def target(self) -> str:
@@ -100,14 +102,19 @@ class FileRun:
         summary, journal = self.summary, self.ends.journal
 
         def opened() -> AuthenticatedProcessPool:
-            return stack.enter_context(AuthenticatedProcessPool(self.session, max_workers=self.order.workers))
+            gate = self.order.gate.make()
+            stack.callback(gate.close)
+            return stack.enter_context(
+                AuthenticatedProcessPool(self.session, max_workers=self.order.workers, gate=gate)
+            )
 
         def conclude() -> None:
             """Count once the pool has ended: its last login is in it then."""
             stats = pool.stats()
             summary.note(stats)
             if journal is not None:
-                journal.note(logins=stats.logins, workers=stats.workers)
+                gate = stats.gate
+                journal.note(logins=stats.logins, workers=stats.workers, waits=gate.waits, waited=gate.waited)
 
         def end_at_once(kind: type[BaseException] | None, *_: object) -> None:
             """Wait for no transfer where its result has nowhere to go."""
@@ -158,7 +165,7 @@ class FileRun:
 
         order = self.order
         bundle = None if order.ca_bundle is None else str(order.ca_bundle.absolute())
-        curl = CurlOptions(order.connections, order.stall_timeout, bundle)
+        curl = CurlOptions(order.transfers, order.stall_timeout, bundle)
         folder = str(order.folder.absolute())
         return FetchGroup(FetchSettings(folder, curl, order.retries, order.overwrite, durable=True, begun=time.time()))
 

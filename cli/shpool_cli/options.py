@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,8 @@ from shpool_cli.inputs import Format
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from shpool.gate import Gate
 
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([smhd]?)")
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -43,6 +46,65 @@ def duration(text: str) -> float:
         msg = f"{str(text)!r} is no time of more than 0 and at most {_LONGEST / 86400:g}d, such as 90, 15m or 48h"
         raise typer.BadParameter(msg)
     return seconds
+
+
+def rate(text: str) -> str:
+    """Return a rate as it was given, once it is known to be one."""
+    from shpool.gate.limits import parse_rate
+
+    try:
+        parse_rate(str(text))
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc)) from None
+    return str(text)
+
+
+def preset(text: str) -> str:
+    """Return the name of a provider whose limits are known."""
+    from shpool.gate.limits import preset as limits_of
+
+    try:
+        limits_of(str(text))
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc)) from None
+    return str(text)
+
+
+def connection_limit(text: str) -> int:
+    """Return how many requests there may be at once."""
+    from shpool.gate.limits import MOST_CONNECTIONS
+
+    number = at_least(1)(text)
+    if number > MOST_CONNECTIONS:
+        msg = f"{number} is more than {MOST_CONNECTIONS}"
+        raise typer.BadParameter(msg)
+    return number
+
+
+@dataclass(frozen=True)
+class GateOptions:
+    """The account's limits, as asked for on the command line.
+
+    Attributes:
+        preset: Provider whose limits hold where no other is given; None for none.
+        rate: Requests in a time.
+        units: Processing units in a time.
+        connections: Requests at once.
+    """
+
+    preset: str | None = None
+    rate: str | None = None
+    units: str | None = None
+    connections: int | None = None
+
+    def make(self) -> Gate:
+        """Return the gate for a pool."""
+        from shpool.gate import Gate
+        from shpool.gate.limits import preset as limits_of
+
+        given = {"requests": self.rate, "units": self.units, "connections": self.connections}
+        given = {name: value for name, value in given.items() if value is not None}
+        return Gate(**{**({} if self.preset is None else limits_of(self.preset)), **given})
 
 
 def halt_policy(text: str) -> HaltPolicy:
@@ -90,6 +152,40 @@ HaltOption = Annotated[
         help="After failures: go on; begin nothing new; or stop what runs, too. After the first one, after N, or after "
         "N percent of all.",
         show_default="never",
+    ),
+]
+RateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--rate",
+        parser=rate,
+        metavar="N/TIME",
+        help="Requests that all workers together may send: 300/min, 5/s, 1000/h.",
+        show_default="what the server teaches by 429",
+    ),
+]
+UnitsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--units", parser=rate, metavar="N/TIME", help="Processing units that they may use together: 300/min."
+    ),
+]
+ConnectionsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--connections",
+        parser=connection_limit,
+        metavar="INTEGER",
+        help="Requests that they may have under way together.",
+    ),
+]
+GateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--gate",
+        parser=preset,
+        metavar="cdse|sentinelhub",
+        help="Keep the limits of this provider's accounts; --rate, --units and --connections replace its own.",
     ),
 ]
 MaxTimeOption = Annotated[

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from shpool.targets import Target
     from shpool_cli.credentials import LoginOptions
     from shpool_cli.inputs import Call, Format, Input
+    from shpool_cli.options import GateOptions
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Order:
     fresh: bool
     progress: bool | None
     login: LoginOptions
+    gate: GateOptions
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,11 @@ from shpool_cli.credentials import (
 )
 from shpool_cli.ending import say_how_to_go_on, see_through
 from shpool_cli.options import (
+    ConnectionsOption,
     FormatOption,
     FreshOption,
+    GateOption,
+    GateOptions,
     HaltOption,
     JournalOption,
     JsonOption,
@@ -27,6 +30,8 @@ from shpool_cli.options import (
     OnlyFailedOption,
     OutputOption,
     ProgressOption,
+    RateOption,
+    UnitsOption,
     WorkersOption,
     at_least,
     check_journal,
@@ -75,6 +80,10 @@ def run(  # noqa: PLR0913 - options of a command line
         ),
     ] = None,
     halt: HaltOption = "never",  # type: ignore[assignment]  # typer parses defaults too
+    gate: GateOption = None,
+    rate: RateOption = None,
+    units: UnitsOption = None,
+    connections: ConnectionsOption = None,
     max_time: MaxTimeOption = None,
     limit: LimitOption = None,
     shuffle: Annotated[bool, typer.Option("--shuffle", help="Run the jobs in random order.")] = False,
@@ -151,6 +160,7 @@ def run(  # noqa: PLR0913 - options of a command line
         fresh=fresh,
         progress=progress,
         login=login,
+        gate=GateOptions(gate, rate, units, connections),
     )
     check_journal(journal, source, output, fresh=fresh, only_failed=only_failed, key=key)
     summary = Summary()

@@ -144,14 +144,17 @@ def _run_jobs(work: Work, session: OAuthSession, ends: _Ends, summary: Summary) 
     order = work.order
 
     def opened() -> AuthenticatedProcessPool:
-        return stack.enter_context(AuthenticatedProcessPool(session, max_workers=order.workers))
+        gate = order.gate.make()
+        stack.callback(gate.close)
+        return stack.enter_context(AuthenticatedProcessPool(session, max_workers=order.workers, gate=gate))
 
     def conclude() -> None:
         """Count once the pool has ended: its last login is in it then."""
         stats = pool.stats()
         summary.note(stats)
         if ends.journal is not None:
-            ends.journal.note(logins=stats.logins, workers=stats.workers)
+            gate = stats.gate
+            ends.journal.note(logins=stats.logins, workers=stats.workers, waits=gate.waits, waited=gate.waited)
 
     def end_at_once(kind: type[BaseException] | None, *_: object) -> None:
         """Wait for no running job where its result has nowhere to go."""

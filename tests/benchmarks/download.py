@@ -128,7 +128,7 @@ class Site:
             options = ["--silent", "--parallel", "--parallel-max", str(CONNECTIONS)]
             return ["curl", *options, *trust, "--config", f"{self.folder}/curl.txt"]
         ours = [sys.executable, "-c", LAUNCHER, "download", f"{self.folder}/items.jsonl", "--to", str(target)]
-        ours += ["--workers", str(WORKERS), "--connections", str(CONNECTIONS // WORKERS), "--journal", f"{target}.db"]
+        ours += ["--workers", str(WORKERS), "--transfers", str(CONNECTIONS // WORKERS), "--journal", f"{target}.db"]
         ours += ["--output", f"{target}.jsonl", "--token-url", server.token_url]
         return [*ours, "--ca-bundle", cert] if self.tls_port else ours
 
