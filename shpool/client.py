@@ -26,6 +26,7 @@ from requests.auth import AuthBase
 from requests.structures import CaseInsensitiveDict
 
 from shpool.bearer import NEW_TOKEN_WITHIN, HostRule, lacks_scope
+from shpool.gate import unanswered
 from shpool.origins import host_of, is_loopback_host
 from shpool.transport import GatedAdapter, Passage, note_ticket
 
@@ -73,10 +74,12 @@ class BearerAuth(AuthBase):
         url = request.url or ""
         if not self._hosts.admits(url):
             return request
+        unanswered.give_back()
         ticket = None if self._gate is None else self._gate.acquire()
         attempt = _Attempt(self._holder, self._holder.token, _position(request.body))
         if self._gate is not None and ticket is not None:
             note_ticket(request, ticket)
+            unanswered.expect(ticket)
             attempt.passage = Passage(self._gate, self._unit, ticket)
         request.headers = _BearerHeaders(request.headers)
         request.headers["Authorization"] = attempt.header
@@ -124,6 +127,7 @@ class _Attempt:
 
     def _leave(self, response: requests.Response, options: Mapping[str, Any]) -> None:
         if self.passage is not None:
+            unanswered.has_come()
             self.passage.heed(response)
             self.passage.leave_after(response, stream=bool(options.get("stream")))
 

@@ -47,6 +47,9 @@ class Passage:
         self._ticket = ticket
         self._is_heeded = False
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(None), ()  # as a ticket: a request in an error that travels has ended its way
+
     def enter(self) -> None:
         """Wait for the leave to send an attempt."""
         self.leave()

@@ -13,6 +13,7 @@ from shpool.channels import BoardChannel
 from shpool.engines.base import BatchResult, Tally
 from shpool.engines.setup import WorkerSetup
 from shpool.errors import InitializerError
+from shpool.gate import unanswered
 from shpool.retry import carry_attempts, summary_of
 from shpool.shared import SharedSession, adopt_session
 from shpool.worker import call_each, load_error
@@ -76,6 +77,7 @@ class Inline:
                 self._begin()
                 self._settle(future, run)
             finally:
+                unanswered.give_back()
                 adopt_session(former)
         return future
 

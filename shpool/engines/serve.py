@@ -24,6 +24,7 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shpool.errors import UnpicklableError
+from shpool.gate import unanswered
 from shpool.logs import relay
 from shpool.shared import SharedSession, adopt_session
 from shpool.worker import call, call_each, dump, dump_each, dump_error, load
@@ -379,6 +380,7 @@ def serve(lifeline: Lifeline, max_memory: int | None = None) -> None:
             begun = time.perf_counter()
             done, payload, begun = _run(functions, message, lifeline, begun)
             kind = Kind.RESULT if done else Kind.ERROR
+            unanswered.give_back()
             ended = time.perf_counter()
             lifeline.send(kind, message.number, payload, seconds=ended - begun)
             if max_memory is not None and ended >= next_look:

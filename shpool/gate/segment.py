@@ -198,8 +198,14 @@ class Segment:
 
     @property
     def taken(self) -> int:
-        """How many slots are taken, as far as their bytes tell."""
-        return sum(self._slots[: self.connections])
+        """How many slots are taken; those of the dead are not."""
+        return sum(self._is_taken(slot) for slot in range(self.connections) if self._slots[slot])
+
+    def _is_taken(self, slot: int) -> bool:
+        if slot in self._held or not HAS_LOCKS or self.descriptor < 0:
+            return True
+        found = fcntl.fcntl(self.descriptor, fcntl.F_OFD_GETLK, _SLOT_LOCKS[slot])
+        return bool(struct.unpack_from("h", found)[0] != fcntl.F_UNLCK)
 
     def take_slot(self, number: int, place: int, now: float) -> tuple[int, int, int, float]:
         """Take a connection slot, or queue for one; under the mutex.

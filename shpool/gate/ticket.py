@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING, Protocol
 
@@ -115,6 +116,9 @@ class Ticket:
         """Give it back: the request has ended. Harmless when repeated."""
         self._gate.release(self)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(None), ()  # leave is this process's alone; a request in an error that travels goes without
+
     def __del__(self) -> None:
         if self.slot >= 0 or self.number:  # forgotten, as by a request that failed
             self._gate.release(self)
@@ -126,6 +130,40 @@ class Ticket:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._gate.release(self)
+
+
+class Unanswered(threading.local):
+    """The ticket of the request a thread has sent and not heard of, where nobody tells when a request fails.
+
+    So it is given back when the thread sends another, when its task has ended, and when the thread has.
+    """
+
+    _holder: _Holder | None = None
+
+    def expect(self, ticket: Ticket) -> None:
+        """Take note that an answer is to come."""
+        self._holder = _Holder(ticket)  # whose end gives the former ticket back
+
+    def has_come(self) -> None:
+        """Leave the ticket to the answer."""
+        if self._holder is not None:
+            self._holder.ticket = None
+
+    def give_back(self) -> None:
+        """Expect no answer any more."""
+        self._holder = None
+
+
+class _Holder:
+    def __init__(self, ticket: Ticket) -> None:
+        self.ticket: Ticket | None = ticket
+
+    def __del__(self) -> None:
+        if self.ticket is not None:
+            self.ticket.release()
+
+
+unanswered = Unanswered()
 
 
 def _number(text: str | None) -> float | None:
