@@ -10,7 +10,8 @@ The rules:
  4. ``~/.netrc`` never takes the token's place.
  5. No proxy stands between this machine and itself: it would be sent the token in the clear.
  6. ``HTTPClient`` hands out answers and errors from which the token was taken. Those of a plain ``requests`` call with
-    ``BearerAuth`` hold their request, and the request its header: do not pickle or print these.
+    ``BearerAuth`` hold their request, and the request its header: do not print these. Pickled, as the error of a task,
+    they go without it.
  7. What carries the token goes through the gate (see ``transport``); with ``BearerAuth`` its first attempt and the one
     after a 401 do, redirects within the origin do not.
 """
@@ -97,6 +98,9 @@ class _Attempt:
         self.header = f"Bearer {token.access_token}"
         self.passage: Passage | None = None
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return _NoAttempt, ()  # in a request of an error that travels; neither token nor session goes with it
+
     def take_answer(self, response: requests.Response, **kwargs: Any) -> requests.Response:  # noqa: ANN401 - requests' hook
         """Heed an answer, and apply the 401 rule to it."""
         self._leave(response, kwargs)
@@ -142,12 +146,22 @@ class _Attempt:
         return True
 
 
+class _NoAttempt:
+    """What an attempt is in another process: nothing that could be made again."""
+
+    def take_answer(self, response: requests.Response, **_: Any) -> requests.Response:  # noqa: ANN401 - requests' hook
+        return response
+
+
 class _BearerHeaders(CaseInsensitiveDict[str]):
     """Headers in which a password does not replace the token: requests looks into ~/.netrc at each redirect."""
 
     def __setitem__(self, key: str, value: str) -> None:
         if key.lower() != _AUTHORIZATION or key not in self or not str(value).startswith("Basic "):
             super().__setitem__(key, value)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _BearerHeaders, ({name: value for name, value in self.items() if name.lower() != _AUTHORIZATION},)
 
     def copy(self) -> _BearerHeaders:
         """Return a copy that guards the token too."""

@@ -190,8 +190,10 @@ def test_a_request_that_fails_with_an_auth_object_keeps_no_slot_beyond_its_task(
     server.refuse_connections(at="data")
     with AuthenticatedProcessPool(session_at(server), 1, gate=gate) as pool:
         for _ in range(2):
-            with pytest.raises(requests.ConnectionError):
+            with pytest.raises(requests.ConnectionError) as caught:
                 pool.submit(fail_twice, server.data_url(1)).result(PATIENCE)
+            assert caught.value.request is not None
+            assert "Authorization" not in caught.value.request.headers, "the error came home without the token"
             assert gate.stats().connected == 0
     gate.close()
 
