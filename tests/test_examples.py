@@ -15,6 +15,7 @@ LAST_LINES = {
     "02_downloads.py": "40 files, 4000000 bytes, 1 login",
     "03_any_provider.py": "client weather-app, scope read:forecast, 1 login",
     "04_sharing_without_pool.py": "20 tiles, 20480 bytes, 1 login",
+    "06_one_limit.py": "40 tiles, limit kept",
 }
 LONGEST = 50  # lines
 

@@ -13,6 +13,7 @@ from typing_extensions import assert_type
 
 from shpool import (
     AuthenticatedProcessPool,
+    Gate,
     OAuthSession,
     SentinelHubSession,
     SessionSharing,
@@ -22,6 +23,7 @@ from shpool import (
     collect_shared_session,
     current_session,
 )
+from shpool.gate import AccountGate, GateStats, Ticket
 from shpool.pool import PoolStats, PoolView
 from shpool.tokens import Token
 
@@ -77,6 +79,23 @@ def settings(session: OAuthSession, tokens: Mapping[str, Any]) -> None:
     AuthenticatedProcessPool(session, "4")  # type: ignore[arg-type]  # a number
     AuthenticatedProcessPool(session, 4, "inline")  # type: ignore[call-arg]  # engine is keyword-only
     AuthenticatedProcessPool()  # type: ignore[call-arg]  # it needs a session
+
+
+def gates(session: OAuthSession) -> None:
+    """Check the account's limits."""
+    gate = Gate(requests="300/min", units="300/min", connections=4, burst=2, name="account")
+    assert_type(Gate.preset("cdse", connections=2), Gate)
+    AuthenticatedProcessPool(session, gate=gate)
+    pool = AuthenticatedProcessPool(session, gate="sentinelhub")
+    assert_type(pool.stats().gate, GateStats)
+    assert_type(pool.stats().gate.learned, float | None)
+    assert_type(current_session().gate, AccountGate)
+    with current_session().gate.acquire(cost=2) as ticket:
+        assert_type(ticket, Ticket)
+        ticket.settle(1.5)
+    assert_type(gate.try_acquire().due_in(), float)
+    Gate(requests=5)  # type: ignore[arg-type]  # a number of what time?
+    AuthenticatedProcessPool(session, gate=5)  # type: ignore[arg-type]  # no gate
 
 
 def views(pool: AuthenticatedProcessPool) -> None:
