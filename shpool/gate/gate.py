@@ -156,8 +156,6 @@ class Gate:
             ValueError: The cost is negative.
         """
         ticket = self.try_acquire(cost)
-        if not self._segment.integers[EPOCH]:
-            return ticket
         try:
             while wait := self.advance(ticket):
                 self._sleep(wait)

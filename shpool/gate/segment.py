@@ -88,6 +88,11 @@ def _flock(kind: int, byte: int) -> bytes:
     return struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0)
 
 
+def _wait_for_lock(descriptor: int, request: bytes) -> None:
+    if HAS_LOCKS:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW, request)
+
+
 _LOCK_MUTEX, _UNLOCK_MUTEX = _flock(fcntl.F_WRLCK, _MUTEX), _flock(fcntl.F_UNLCK, _MUTEX)
 _SLOT_LOCKS = [_flock(fcntl.F_WRLCK, _FIRST_SLOT_LOCK + index) for index in range(MOST_CONNECTIONS)]
 _SLOT_UNLOCKS = [_flock(fcntl.F_UNLCK, _FIRST_SLOT_LOCK + index) for index in range(MOST_CONNECTIONS)]
@@ -128,7 +133,7 @@ class Segment:
             raise ValueError(msg)
         self._threads.acquire()
         try:
-            self._lock(_LOCK_MUTEX)
+            _wait_for_lock(self.descriptor, _LOCK_MUTEX)
         except BaseException:  # ^C, maybe when the lock was there already
             self.__exit__(None, None, None)
             raise
@@ -137,13 +142,9 @@ class Segment:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._lock(_UNLOCK_MUTEX)
+            _wait_for_lock(self.descriptor, _UNLOCK_MUTEX)
         finally:
             self._threads.release()
-
-    def _lock(self, request: bytes) -> None:
-        if HAS_LOCKS:
-            fcntl.fcntl(self.descriptor, fcntl.F_OFD_SETLKW, request)
 
     def _try_lock(self, request: bytes) -> bool:
         if not HAS_LOCKS:
@@ -188,7 +189,8 @@ class Segment:
 
     def lane(self, lane: int) -> Lane:
         """Return a rate as it stands."""
-        return Lane(*self.floats[lane : lane + 3])
+        floats = self.floats
+        return Lane(floats[lane], floats[lane + 1], floats[lane + 2])
 
     def store_tat(self, lane: int, tat: float) -> None:
         """Store a theoretical arrival time."""
