@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import random
 import time
 import weakref
 from dataclasses import dataclass
@@ -202,7 +201,7 @@ class Gate:
         if requests is not None:
             moment = requests.earliest(moment)
         elif moment > now:
-            moment += random.uniform(0.0, _SPREAD)  # noqa: S311 - lest all come back at once
+            moment += _spread()
         if units is not None:
             moment = units.earliest(moment)
             self._segment.store_tat(UNITS, units.tat_after(moment, ticket.cost))
@@ -359,6 +358,13 @@ def _join_handed_over(duplicate: Any) -> Gate:  # noqa: ANN401 - multiprocessing
 def _close(segment: Segment, owner: int) -> None:
     if os.getpid() == owner and segment.descriptor >= 0:
         segment.close()
+
+
+def _spread() -> float:
+    """Return a random wait, lest all come back at once."""
+    import random  # with hashlib below it, too much for the start of every worker
+
+    return random.uniform(0.0, _SPREAD)  # noqa: S311 - no secret
 
 
 def _finite(rate: float) -> float | None:

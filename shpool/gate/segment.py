@@ -35,7 +35,6 @@ import contextlib
 import fcntl
 import mmap
 import os
-import secrets
 import struct
 import sys
 import threading
@@ -94,8 +93,6 @@ def _wait_for_lock(descriptor: int, request: bytes) -> None:
 
 
 _LOCK_MUTEX, _UNLOCK_MUTEX = _flock(fcntl.F_WRLCK, _MUTEX), _flock(fcntl.F_UNLCK, _MUTEX)
-_SLOT_LOCKS = [_flock(fcntl.F_WRLCK, _FIRST_SLOT_LOCK + index) for index in range(MOST_CONNECTIONS)]
-_SLOT_UNLOCKS = [_flock(fcntl.F_UNLCK, _FIRST_SLOT_LOCK + index) for index in range(MOST_CONNECTIONS)]
 
 
 class Segment:
@@ -206,7 +203,7 @@ class Segment:
     def _is_taken(self, slot: int) -> bool:
         if slot in self._held or not HAS_LOCKS or self.descriptor < 0:
             return True
-        found = fcntl.fcntl(self.descriptor, fcntl.F_OFD_GETLK, _SLOT_LOCKS[slot])
+        found = fcntl.fcntl(self.descriptor, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, _FIRST_SLOT_LOCK + slot))
         return bool(struct.unpack_from("h", found)[0] != fcntl.F_UNLCK)
 
     def take_slot(self, number: int, place: int, now: float) -> tuple[int, int, int, float]:
@@ -237,7 +234,7 @@ class Segment:
             return
         self._slots[slot] = 0
         if self.descriptor >= 0:
-            self._try_lock(_SLOT_UNLOCKS[slot])
+            self._try_lock(_flock(fcntl.F_UNLCK, _FIRST_SLOT_LOCK + slot))
         self._held.discard(slot)  # last: else another thread could take it, and be unlocked
 
     def leave_queue(self, number: int, place: int) -> None:
@@ -283,7 +280,7 @@ class Segment:
         return next((slot for slot in range(count) if self._lock_slot(slot) >= 0), -1)
 
     def _lock_slot(self, slot: int) -> int:
-        if slot in self._held or not self._try_lock(_SLOT_LOCKS[slot]):
+        if slot in self._held or not self._try_lock(_flock(fcntl.F_WRLCK, _FIRST_SLOT_LOCK + slot)):
             return -1
         self._held.add(slot)
         self._slots[slot] = 1
@@ -339,7 +336,7 @@ def anonymous_segment(limits: Limits, now: float) -> Segment:
     try:
         descriptor = os.memfd_create("shpool-gate", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except (AttributeError, OSError):  # not Linux, or a sandbox that refuses it
-        name = "shg" + secrets.token_hex(8)
+        name = "shg" + os.urandom(8).hex()
         descriptor = open_segment(name, os.O_CREAT | os.O_EXCL | os.O_RDWR)
         unlink_if_there(name)
     try:

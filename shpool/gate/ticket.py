@@ -6,8 +6,6 @@ import threading
 import time
 from typing import TYPE_CHECKING, Protocol
 
-from shpool.retry import parse_retry_after
-
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -106,6 +104,8 @@ class Ticket:
             self._gate.settle(self, spent)
         if status not in {_TOO_MANY, _UNAVAILABLE}:
             return
+        from shpool.retry import parse_retry_after  # not before a refusal: workers start the sooner
+
         seconds = parse_retry_after(fields.get("retry-after"), now=time.time(), unit=unit)
         if seconds is None and status == _TOO_MANY:
             seconds = _UNTOLD
