@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import mmap
 import os
 import struct
@@ -82,6 +83,7 @@ _LONGEST_NAME = 200 if sys.platform == "linux" else 20
 HAS_LOCKS = hasattr(fcntl, "F_OFD_SETLK")
 
 
+@functools.lru_cache(maxsize=2 * MOST_CONNECTIONS)
 def _flock(kind: int, byte: int) -> bytes:
     """Return a ``struct flock`` of 64-bit Linux: type, whence, start, length, pid."""
     return struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0)
