@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+_THOUSAND = 1000
 _TICK = 1.0  # s between redraws while nothing finishes; the finest unit the bar shows
 
 
@@ -140,6 +141,22 @@ class Progress:
         if self._seconds_left is not None:
             parts.append(f"token {max(self._seconds_left, 0.0):.0f} s")
         return ", ".join(parts)
+
+
+def shown_bytes(number: float) -> str:
+    """Return a number of bytes for people.
+
+    >>> shown_bytes(999), shown_bytes(1_234_567), shown_bytes(5e15)
+    ('999 B', '1.2 MB', '5000.0 TB')
+    """
+    if number < _THOUSAND:
+        return f"{number:.0f} B"
+    units = ["TB", "GB", "MB", "kB"]
+    number /= _THOUSAND
+    while number >= _THOUSAND and len(units) > 1:
+        number /= _THOUSAND
+        units.pop()
+    return f"{number:.1f} {units[-1]}"
 
 
 def _is_terminal(stream: TextIO) -> bool:

@@ -545,6 +545,18 @@ def test_a_second_refusal_in_a_row_is_a_failed_attempt(fetch: Fetch, server: Loo
     assert only(fetch(cut_then_whole(server, "b.tif", b"tile", refusal, refusal), retries=1)).status == "done"
 
 
+def test_a_bar_is_drawn_where_it_is_asked_for(
+    server: LoopbackServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    urls = [server.put_file("a.tif", b"tile"), f"{server.base_url}/files/nothing.tif"]
+    with inline_pool(server) as pool:
+        list(download(pool, urls, tmp_path / "d", progress=True))
+    told = capsys.readouterr()
+    assert "| 2/2 [" in told.err
+    assert "4 B, failed 1" in told.err
+    assert not told.out
+
+
 def test_a_scope_that_is_missing_costs_no_login(fetch: Fetch, server: LoopbackServer) -> None:
     refusal = FileFault(status=401, headers={"WWW-Authenticate": 'Bearer error="insufficient_scope"'})
     assert only(fetch(cut_then_whole(server, "a.tif", b"tile", refusal))).status == "failed"

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from shpool.progress import shown_bytes
 from shpool_cli.reporting import Report
 from shpool_cli.summary import Summary
 
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from shpool.progress import Progress
     from shpool_cli.output.records import Record
     from shpool_cli.output.results import ResultWriter
-
-_THOUSAND = 1000
 
 
 @dataclass
@@ -90,19 +89,3 @@ def file_of(result: DownloadResult) -> dict[str, Any]:
         "received": result.received,
         "was_there": result.status == "skipped",
     }
-
-
-def shown_bytes(number: float) -> str:
-    """Return a number of bytes for people.
-
-    >>> shown_bytes(999), shown_bytes(1_234_567), shown_bytes(5e15)
-    ('999 B', '1.2 MB', '5000.0 TB')
-    """
-    if number < _THOUSAND:
-        return f"{number:.0f} B"
-    units = ["TB", "GB", "MB", "kB"]
-    number /= _THOUSAND
-    while number >= _THOUSAND and len(units) > 1:
-        number /= _THOUSAND
-        units.pop()
-    return f"{number:.1f} {units[-1]}"

@@ -40,6 +40,7 @@ def download(  # noqa: PLR0913 - all but three are keyword-only, each with its d
     authenticated: bool = True,
     ca_bundle: str | None = None,
     max_workers: int | None = None,
+    progress: bool = False,
 ) -> Generator[DownloadResult, None, None]:
     """Fetch files into a folder and yield one result for each, as they finish; a failed file raises nothing.
 
@@ -59,6 +60,7 @@ def download(  # noqa: PLR0913 - all but three are keyword-only, each with its d
         authenticated: Send the session's token.
         ca_bundle: File of the authorities to trust; None for the environment's, else certifi's.
         max_workers: Of the pool that is opened for a session; None for one per processor.
+        progress: Show a bar, on stderr or in the notebook.
 
     Raises:
         MissingExtraError: pycurl is not installed: ``pip install 'shpool[download]'``.
@@ -75,15 +77,16 @@ def download(  # noqa: PLR0913 - all but three are keyword-only, each with its d
     settings = FetchSettings(
         str(Path(to).absolute()), curl, retries, overwrite, durable, authenticated=authenticated, begun=time.time()
     )
-    return _run(pool, Planner(), items, settings, max_workers)
+    return _run(pool, items, settings, max_workers, progress=progress)
 
 
 def _run(
     pool: Executor | Session,
-    planner: Planner,
     items: Iterable[str | Mapping[str, Any] | DownloadItem],
     settings: FetchSettings,
     max_workers: int | None,
+    *,
+    progress: bool,
 ) -> Generator[DownloadResult, None, None]:
     with contextlib.ExitStack() as stack:
         if isinstance(pool, Executor):
@@ -95,15 +98,34 @@ def _run(
         stack.callback(close_loop)  # of the inline engine, which works in this thread
         count = len(items) if isinstance(items, Sized) else None
         run = stack.enter_context(
-            contextlib.closing(GroupRun(executor, FetchGroup(settings), _planned(planner, items), count=count))
+            contextlib.closing(GroupRun(executor, FetchGroup(settings), _planned(items), count=count))
         )
-        yield from run
+        if progress:
+            yield from _shown(run, count)
+        else:
+            yield from run
+
+
+def _shown(results: Iterable[DownloadResult], count: int | None) -> Iterator[DownloadResult]:
+    """Yield results and show them on a bar."""
+    from shpool.progress import Progress, shown_bytes
+
+    size = 0
+    with Progress(count, desc="download", unit="file", enabled=True, note=lambda: shown_bytes(size)) as bar:
+        for result in results:
+            size += result.bytes
+            if result.error is None:
+                bar.done()
+            else:
+                bar.failed()
+            yield result
 
 
 def _planned(
-    planner: Planner, items: Iterable[str | Mapping[str, Any] | DownloadItem]
+    items: Iterable[str | Mapping[str, Any] | DownloadItem],
 ) -> Iterator[PlannedItem | DownloadResult]:
     """Give each item its place; an item without one has failed."""
+    planner = Planner()
     return (_placed(planner, index, item) for index, item in enumerate(items))
 
 
