@@ -23,6 +23,8 @@
     ├── ShellJobError              a shell command ended with another exit status than 0
     │   └── ShellTimeoutError      it ran longer than its timeout
     ├── InitializerError           the initializer failed in a worker
+    ├── ClusterError               the cluster that tasks were to run on cannot be used
+    │   └── ClusterUnreachableError  it does not answer, or not any more
     ├── ConfigError                the configuration cannot be read or used
     ├── InputError                 a batch's target or input is not usable
     ├── JournalError               the journal of a batch cannot be read or written
@@ -447,6 +449,30 @@ class InitializerError(ShpoolError):
 
     def __str__(self) -> str:
         return f"the pool's initializer failed in a worker: {self.text}"
+
+
+class ClusterError(ShpoolError):
+    """The cluster that tasks were to run on cannot be used.
+
+    Args:
+        where: Its address, or its kind.
+        reason: What is wrong.
+    """
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(where, reason)
+        self.where = where
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"cluster {self.where} cannot be used: {self.reason}"
+
+
+class ClusterUnreachableError(ClusterError, ConnectionError):
+    """The cluster does not answer, or not any more."""
+
+    def __str__(self) -> str:
+        return f"cluster {self.where} cannot be reached: {self.reason}; check its address and that it runs"
 
 
 class ConfigError(ShpoolError, ValueError):
