@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shpool.config import SHConfig
     from shpool.downloads import DownloadItem, DownloadResult, download
+    from shpool.engines.dask import DaskEngine
     from shpool.errors import ShpoolError, SHUserWarning
     from shpool.pool import AuthenticatedProcessPool
     from shpool.session import OAuthSession, SentinelHubSession
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AuthenticatedProcessPool",
+    "DaskEngine",
     "DownloadItem",
     "DownloadResult",
     "OAuthSession",
@@ -41,6 +43,7 @@ __all__ = [
 
 _HOMES = {
     "AuthenticatedProcessPool": "shpool.pool",
+    "DaskEngine": "shpool.engines.dask",
     "DownloadItem": "shpool.downloads",
     "DownloadResult": "shpool.downloads",
     "OAuthSession": "shpool.session",

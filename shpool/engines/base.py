@@ -104,6 +104,23 @@ class WorkerSetup:
     max_memory: int | None = None
 
 
+class EngineDescription(Protocol):
+    """Says where tasks are to run; cheap to make, and no engine yet."""
+
+    @property
+    def name(self) -> str:
+        """What the pool's ``repr`` calls it."""
+
+    def build(self, workers: int | None, setup: WorkerSetup, blanked: Callable[[], Sequence[str]]) -> Engine:
+        """Return the engine.
+
+        Args:
+            workers: Most tasks to run at once; None for as many as there is room for.
+            setup: How each worker begins.
+            blanked: Returns the environment variables that worker processes started here must not inherit.
+        """
+
+
 class Engine(Protocol):
     """Runs tasks.
 
