@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 from authlib_fixture import authlib_server, start_authlib_server
+from cluster_fixtures import dask_engine, dask_processes, lasting_ports, lasting_sessions
 from hypothesis import HealthCheck, settings
 
 from shpool.board import MAGIC
@@ -24,7 +25,7 @@ from shpool.testing import FakeClock, LoopbackServer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["authlib_server", "start_authlib_server"]
+__all__ = ["authlib_server", "dask_engine", "dask_processes", "start_authlib_server"]
 
 # How fast examples are made and run is no property of the code: a busy machine makes any of them slow.
 settings.register_profile("patient", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -49,7 +50,7 @@ class Holdings:
     def now(cls) -> Holdings:
         children = psutil.Process().children(recursive=True)
         return cls(
-            frozenset(child for child in children if not _is_tracker(child)),
+            frozenset(child for child in children if not _is_tracker(child) and not _is_of_cluster(child)),
             frozenset(threading.enumerate()),
             frozenset(_own_segments()),
             frozenset(_own_descriptors()),
@@ -91,13 +92,22 @@ def _is_own_board(entry: Path) -> bool:
 def _own_descriptors() -> Iterator[str]:
     """Yield the sockets and boards this process has open; other files may be cached by libraries."""
     if _DESCRIPTORS.is_dir():
+        lasting = _descriptors_to_clusters()
         for entry in _DESCRIPTORS.iterdir():
             try:
                 target = str(entry.readlink())
             except OSError:  # the descriptor of this very listing
                 continue
-            if target.startswith(("socket:", "/memfd:shpool")):
+            if target.startswith(("socket:", "/memfd:shpool")) and entry.name not in lasting:
                 yield f"{entry.name} {target}"
+
+
+def _descriptors_to_clusters() -> set[str]:
+    """Return the sockets to clusters that several tests share: a client opens more of them when it likes."""
+    if not lasting_ports:
+        return set()
+    connections = psutil.Process().net_connections("tcp")
+    return {str(each.fd) for each in connections if each.raddr and each.raddr.port in lasting_ports}
 
 
 def _is_tracker(process: psutil.Process) -> bool:
@@ -105,6 +115,14 @@ def _is_tracker(process: psutil.Process) -> bool:
     try:
         return "resource_tracker" in " ".join(process.cmdline())
     except psutil.Error:
+        return False
+
+
+def _is_of_cluster(process: psutil.Process) -> bool:
+    """Tell whether this is of a cluster that several tests share, whose nannies may start workers at any time."""
+    try:
+        return os.getsid(process.pid) in lasting_sessions
+    except ProcessLookupError:
         return False
 
 
