@@ -61,6 +61,10 @@ class DaskProcesses:
         until(lambda: self._said.read_text().count("Register worker") > before)
         return started
 
+    def stop_scheduler(self) -> None:
+        """Let it listen and never answer."""
+        os.kill(self.scheduler.pid, signal.SIGSTOP)
+
     def close(self) -> None:
         """End all of it."""
         for process in reversed(self._processes):

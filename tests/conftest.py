@@ -34,6 +34,7 @@ settings.load_profile("patient")
 _PATIENCE = 30.0  # s that processes and threads get to end after a test
 _SHARED_MEMORY = Path("/dev/shm")
 _DESCRIPTORS = Path("/proc/self/fd")
+_LASTING_THREADS = ("Dask-Offload",)  # distributed's, for the rest of the process
 _numbers = itertools.count(1)
 
 
@@ -51,7 +52,7 @@ class Holdings:
         children = psutil.Process().children(recursive=True)
         return cls(
             frozenset(child for child in children if not _is_tracker(child) and not _is_of_cluster(child)),
-            frozenset(threading.enumerate()),
+            frozenset(thread for thread in threading.enumerate() if not thread.name.startswith(_LASTING_THREADS)),
             frozenset(_own_segments()),
             frozenset(_own_descriptors()),
         )

@@ -48,7 +48,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-CONNECT_WITHIN = 8.0  # s
+CONNECT_WITHIN = 7.0  # s
+_ADMIT_WITHIN = 10.0  # s for the workers to open their outposts
+_NO_ANSWER = "no worker has answered"
 _LEAVE_WITHIN = 5.0  # s for each of the steps of leaving
 _STOP_WITHIN = 5.0  # s to kill a worker
 _LOOK = 0.25  # s between two looks whether the scheduler is still there
@@ -198,36 +200,38 @@ class DaskCluster:
 
     async def _open(self, address: str, setup: bytes) -> None:
         _warn_of_open_network(address)
-        try:
-            self._client = client = await Client(
-                address,
-                security=self._security,
-                asynchronous=True,
-                set_as_default=False,
-                timeout=CONNECT_WITHIN,
-                name=f"shpool-{self._pool}",
-            )
-        except Exception as exc:
-            raise ClusterUnreachableError(address, _words_of(exc)) from exc
+        self._client = client = await _connected(address, self._security)
         client.subscribe_topic(topic_of(self._pool), self._hear)
         client.subscribe_topic("all", self._hear_of_workers)
+        registering = asyncio.ensure_future(self._register(client, setup))
+        done, _ = await asyncio.wait({registering}, timeout=_ADMIT_WITHIN)
+        self._spawn(_settled(registering))
         try:
-            plugin = OutpostPlugin(self._pool, setup)
-            await client.register_plugin(plugin, name=topic_of(self._pool))
-            for hello in (await client.run(describe)).values():
-                self._admit(hello)
+            if done:
+                registering.result()
+            elif not self._members:
+                raise TimeoutError(_NO_ANSWER)  # noqa: TRY301 - as any other reason
         except Exception as exc:
-            reason = f"a worker cannot take part ({_words_of(exc)}); it needs the same version of shpool"
+            reason = f"its workers cannot take part ({_words_of(exc)}); they need the same version of shpool"
             raise ClusterError(address, reason) from exc
         self._spawn(self._watch(client))
+
+    async def _register(self, client: Client, setup: bytes) -> None:
+        """Open the outposts. Each tells of itself too, so that a worker that never answers keeps no other from work."""
+        await client.register_plugin(OutpostPlugin(self._pool, setup), name=topic_of(self._pool))
+        for hello in (await client.run(describe)).values():
+            self._admit(hello)
 
     async def _watch(self, client: Client) -> None:
         """Tell the engine when the scheduler is gone: what was sent there is lost, and the plugin with it."""
         while client.status == "running":  # noqa: ASYNC110 - the client has no event for it
             await asyncio.sleep(_LOOK)
         if self._client is client:
-            reason = "the connection to the scheduler was lost"
-            self._events.failed(ClusterUnreachableError(self._address or "dask", reason))
+            self._events.failed(self._lost_scheduler())
+
+    def _lost_scheduler(self) -> ClusterUnreachableError:
+        reason = "the connection to the scheduler was lost"
+        return ClusterUnreachableError(self._address or "dask", reason)
 
     async def _close(self) -> None:
         """Leave the cluster as it was found; what cannot be done any more is left."""
@@ -238,9 +242,9 @@ class DaskCluster:
         if client.status == "running":
             self._drop(list(self._futures))
             await _try(client.unregister_worker_plugin(topic))
-            for name in (topic, "all"):
-                client.unsubscribe_topic(name)
-            await _try(client.run_on_scheduler(forget_topic, topic))
+            client.unsubscribe_topic("all")
+            if not await _try(client.run_on_scheduler(forget_topic, topic)):
+                client.unsubscribe_topic(topic)  # not before: it would bring the topic back
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -361,15 +365,18 @@ class DaskCluster:
             self._spawn(self._await_answer(call.number, future))
 
     async def _await_answer(self, number: int, future: Any) -> None:  # noqa: ANN401 - distributed has no types
+        client = self._client
+        if client is None:
+            return
         outcome: bytes | BaseException
         try:
-            outcome = await self._client.gather(future) if self._client is not None else Unbegun()
-        except KilledWorker:
-            outcome = Lost()
-        except (CancelledError, asyncio.CancelledError):  # the connection is gone, or somebody restarts the cluster
+            outcome = await client.gather(future)
+        except (KilledWorker, CancelledError, asyncio.CancelledError):  # the latter where somebody restarts the cluster
             outcome = Lost()
         except Exception as exc:  # noqa: BLE001 - border: the cluster's own code
             outcome = exc
+        if not isinstance(outcome, bytes) and client.status != "running":
+            outcome = self._lost_scheduler()
         self._end(number, outcome)
 
     def _end(self, number: int, outcome: bytes | BaseException) -> None:
@@ -417,12 +424,30 @@ def _warn_of_open_network(address: str) -> None:
         warnings.warn(text, SHUserWarning, stacklevel=2)
 
 
-async def _try(step: Awaitable[object]) -> None:
-    """Take a step towards the end, if it can be taken in time."""
+async def _connected(address: str, security: Any) -> Client:  # noqa: ANN401 - whatever distributed.Client takes
+    client = Client(address, security=security, asynchronous=True, set_as_default=False, timeout=CONNECT_WITHIN)
+    try:
+        await asyncio.wait_for(client, CONNECT_WITHIN + 1)  # its own limit does not hold for a scheduler that is stuck
+    except Exception as exc:
+        await _try(client.close(1))
+        raise ClusterUnreachableError(address, _words_of(exc)) from exc
+    return client
+
+
+async def _settled(work: Awaitable[object]) -> None:
+    """Wait for work whose end nobody waits for."""
+    with contextlib.suppress(Exception):
+        await work
+
+
+async def _try(step: Awaitable[object]) -> bool:
+    """Take a step towards the end, if it can be taken in time; tell whether it could."""
     try:
         await asyncio.wait_for(step, _LEAVE_WITHIN)
     except Exception as exc:  # noqa: BLE001 - border: the cluster's own code
         logger.debug("the cluster was not left in order: %s", _words_of(exc))
+        return False
+    return True
 
 
 def _words_of(error: BaseException) -> str:

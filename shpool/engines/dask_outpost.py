@@ -102,6 +102,6 @@ def kill_worker(dask_worker: Nanny) -> None:
 
 
 def forget_topic(topic: str, dask_scheduler: Scheduler) -> None:
-    """Forget a topic's events; distributed has no public way to do so."""
+    """Forget a topic with its events and subscribers; distributed has no public way to do so."""
     with contextlib.suppress(AttributeError):
         dask_scheduler._broker._topics.pop(topic, None)  # noqa: SLF001 - as said

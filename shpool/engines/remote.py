@@ -29,6 +29,7 @@ from shpool.engines.outpost import Answer, Call, Parcel, TokenCell, note_home
 from shpool.engines.packing import pack_arguments, pack_function
 from shpool.engines.serve import NO_KEY, Kind, Message, dump_setup
 from shpool.errors import (
+    ClusterUnreachableError,
     InitializerError,
     TaskError,
     TaskTerminatedError,
@@ -494,6 +495,8 @@ class RemoteEngine:
             with self._lock:
                 self._dispatch.put_back([flight])
         else:
+            if isinstance(outcome, ClusterUnreachableError):
+                self._fail_all(outcome)
             self._ledger.settle(flight, outcome)
 
     def _take_answer(self, flight: Flight, answer: Answer) -> None:
