@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from shpool.config import SHConfig
     from shpool.downloads import DownloadItem, DownloadResult, download
     from shpool.engines.dask import DaskEngine
+    from shpool.engines.ray import RayEngine
     from shpool.errors import ShpoolError, SHUserWarning
     from shpool.pool import AuthenticatedProcessPool
     from shpool.session import OAuthSession, SentinelHubSession
@@ -29,6 +30,7 @@ __all__ = [
     "DownloadItem",
     "DownloadResult",
     "OAuthSession",
+    "RayEngine",
     "SHConfig",
     "SHUserWarning",
     "SentinelHubSession",
@@ -47,6 +49,7 @@ _HOMES = {
     "DownloadItem": "shpool.downloads",
     "DownloadResult": "shpool.downloads",
     "OAuthSession": "shpool.session",
+    "RayEngine": "shpool.engines.ray",
     "SHConfig": "shpool.config",
     "SHUserWarning": "shpool.errors",
     "SentinelHubSession": "shpool.session",

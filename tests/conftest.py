@@ -18,6 +18,7 @@ import pytest
 from authlib_fixture import authlib_server, start_authlib_server
 from cluster_fixtures import dask_engine, dask_processes, lasting_ports, lasting_sessions
 from hypothesis import HealthCheck, settings
+from ray_fixture import ray_engine, ray_node
 
 from shpool.board import MAGIC
 from shpool.testing import FakeClock, LoopbackServer
@@ -25,7 +26,7 @@ from shpool.testing import FakeClock, LoopbackServer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["authlib_server", "dask_engine", "dask_processes", "start_authlib_server"]
+__all__ = ["authlib_server", "dask_engine", "dask_processes", "ray_engine", "ray_node", "start_authlib_server"]
 
 # How fast examples are made and run is no property of the code: a busy machine makes any of them slow.
 settings.register_profile("patient", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -34,6 +34,7 @@ from pool_tasks import (
     return_unpicklable_at,
     stop_iteration_at,
 )
+from ray_fixture import needs_ray
 
 from shpool import AuthenticatedProcessPool, OAuthSession, current_session
 from shpool.errors import InitializerError, LoginRefusedError, NoSessionError
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
     from shpool.engines.base import EngineDescription
 
-ENGINES = ["inline", "loky", pytest.param("dask", marks=needs_dask)]
+ENGINES = ["inline", "loky", pytest.param("dask", marks=needs_dask), pytest.param("ray", marks=needs_ray)]
 
 pytestmark = pytest.mark.slow  # engines with processes take a quarter of a second to start
 

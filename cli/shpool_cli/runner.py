@@ -144,7 +144,7 @@ def _run_jobs(work: Work, session: OAuthSession, ends: _Ends, summary: Summary) 
     order = work.order
 
     def opened() -> AuthenticatedProcessPool:
-        return stack.enter_context(AuthenticatedProcessPool(session, max_workers=order.workers))
+        return stack.enter_context(AuthenticatedProcessPool(session, order.workers, engine=order.engine))
 
     def conclude() -> None:
         """Count once the pool has ended: its last login is in it then."""
