@@ -152,8 +152,9 @@ class RayCluster:
             ray.get(self._keeper.close.remote(), timeout=_LONGEST_FAREWELL)
         except exceptions.RayError as exc:
             logger.warning("workers on Ray may not have wiped their tokens: %s", exc)
+        self._listener.join(_LONGEST_FAREWELL)  # its question has been answered
         ray.kill(self._keeper)
-        self._listener.join(_LONGEST_FAREWELL)  # its question ends with the keeper
+        del self._keeper  # an actor's handle that outlives the connection keeps a socket open for good
 
     # What follows runs in threads of Ray's and in the listener's.
 

@@ -87,14 +87,15 @@ class Keeper:
     async def news(self, seen: int) -> list[News]:
         """Wait a while for news later than the number ``seen``; return them all."""
         self._news = [news for news in self._news if news.serial > seen]
-        await _wait(self._told, lambda: self._news)
+        await _wait(self._told, lambda: self._is_closed or self._news)
         return self._news
 
     async def close(self) -> None:
-        """Send the outposts home, and wait a moment until they have gone."""
+        """Send the outposts home, and wait a moment until they have gone; nothing waits here any more then."""
         self._cell.close()
         self._is_closed = True
         await _wake(self._posted)
+        await _wake(self._told)
         await _wait(self._told, lambda: not self._outposts, _FAREWELL)
 
     # For the workers

@@ -1,4 +1,4 @@
-"""A Ray of our own on this machine, for trying out: in a process that starts it, and ends it with the parent.
+"""A Ray of our own on this machine, for trying out: ``python -m shpool.engines.ray_local FOLDER CPUS`` starts it.
 
 A process of its own, for three reasons: Ray's processes, and so the workers, inherit an environment without secrets,
 and the parent's is left alone. When the parent is gone, however it went, Ray ends and its folder with it. And the
@@ -28,7 +28,6 @@ _LONGEST_START = 60.0  # s; two to eight are usual
 _LONGEST_END = 20.0  # s
 _LONGEST_FOLDER = 40  # characters: Ray's sockets lie 60 deeper, and the path of one may have 107 (<sys/un.h>)
 _OBJECT_STORE = 80 * 2**20  # bytes, the least that Ray takes to be enough: arguments and results pass through, no more
-_MAIN = "import sys; sys.path[:] = sys.argv[3:]; from shpool.engines.ray_local import main; main(*sys.argv[1:3])"
 
 
 class LocalRay:
@@ -41,6 +40,7 @@ class LocalRay:
     Attributes:
         folder: Where Ray keeps what it writes, for this user's eyes only.
         address: Where it can be reached.
+        pid: Of the process that started it, whose session all its processes are in.
 
     Raises:
         ClusterError: It does not start.
@@ -51,14 +51,16 @@ class LocalRay:
         self.folder = tempfile.mkdtemp(prefix="shpool-ray-", dir=base if len(base) < _LONGEST_FOLDER - 20 else "/tmp")  # noqa: S108 - mkdtemp is safe anywhere
         env = {name: value for name, value in os.environ.items() if name not in blanked}
         env.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        env["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)  # for the workers too
         self._process = subprocess.Popen(  # noqa: S603 - this very program
-            [sys.executable, "-c", _MAIN, self.folder, str(cpus), *sys.path],
+            [sys.executable, "-m", __name__, self.folder, str(cpus)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=env,
             start_new_session=True,
         )
+        self.pid = self._process.pid
         self.address = self._first_line()
         if not self.address:
             self.close()
@@ -106,3 +108,7 @@ def main(folder: str, cpus: str) -> None:
     sys.stdin.read()
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,153 @@
+"""What is Ray's own in the engine; the contract of all engines is in test_engine_contract.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+from patience import PATIENCE, in_time, until
+from pool_tasks import begin_and_wait, double, pid, report_refused
+from ray_fixture import needs_ray
+from ray_tasks import generation, generation_after, get, outposts
+
+from shpool import AuthenticatedProcessPool, OAuthSession
+from shpool.engines.ray import RayEngine
+from shpool.errors import ClusterError, ClusterUnreachableError, TaskTimeoutError, TokenTooLargeError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from shpool.testing import LoopbackServer
+
+pytestmark = [pytest.mark.slow, *needs_ray]
+
+
+def session_at(server: LoopbackServer) -> OAuthSession:
+    return OAuthSession(server.token_url, server.client_id, server.client_secret)
+
+
+# Where
+
+
+def test_it_runs_as_many_tasks_as_ray_has_processors(ray_engine: RayEngine, server: LoopbackServer) -> None:
+    with AuthenticatedProcessPool(session_at(server), engine=ray_engine) as pool:
+        assert pool.max_workers == 2
+        assert pool.submit(pid).result(PATIENCE) != os.getpid()
+
+
+def test_a_task_takes_the_processors_it_is_said_to(ray_engine: RayEngine, server: LoopbackServer) -> None:
+    with AuthenticatedProcessPool(session_at(server), engine=RayEngine(ray_engine.address, num_cpus=2)) as pool:
+        assert pool.max_workers == 1
+        assert pool.submit(double, 4).result(PATIENCE) == 8
+
+
+@pytest.mark.parametrize(("address", "num_cpus"), [("ray://head:10001", 1.0), (None, 0.0)])
+def test_what_ray_cannot_do_is_refused_when_it_is_described(address: str | None, num_cpus: float) -> None:
+    with pytest.raises(ValueError, match=r"ray://|num_cpus"):
+        RayEngine(address, num_cpus)
+
+
+def test_an_address_where_nobody_listens_is_told_at_once(server: LoopbackServer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as once:
+        port = once.getsockname()[1]
+    pool = AuthenticatedProcessPool(session_at(server), engine=RayEngine(f"127.0.0.1:{port}"))
+    with pytest.raises(ClusterUnreachableError, match=f"127.0.0.1:{port}"):
+        in_time(pool.__enter__)
+    assert server.logins == 0
+
+
+def test_pools_share_the_connection_that_is_there_and_leave_it(ray_engine: RayEngine, server: LoopbackServer) -> None:
+    import ray
+
+    with AuthenticatedProcessPool(session_at(server), engine=ray_engine) as first:
+        with AuthenticatedProcessPool(session_at(server), engine="ray") as second:
+            assert second.submit(double, 1).result(PATIENCE) == 2
+        assert ray.is_initialized()
+        with pytest.raises(ClusterError, match="connected to another Ray"):
+            AuthenticatedProcessPool(session_at(server), engine=RayEngine("127.0.0.1:9")).__enter__()
+        assert first.submit(double, 2).result(PATIENCE) == 4
+    assert not ray.is_initialized()
+
+
+def test_sigterm_stays_the_callers(ray_engine: RayEngine, server: LoopbackServer) -> None:
+    """``ray.init`` takes SIGTERM for itself where it can."""
+    before = signal.getsignal(signal.SIGTERM)
+    with AuthenticatedProcessPool(session_at(server), engine=ray_engine):
+        assert signal.getsignal(signal.SIGTERM) is before
+
+
+# The token
+
+
+def test_a_running_task_sees_the_token_renewed(ray_engine: RayEngine, server: LoopbackServer, tmp_path: Path) -> None:
+    begun, cue = tmp_path / "begun", tmp_path / "cue"
+    with AuthenticatedProcessPool(session_at(server), engine=ray_engine) as pool:
+        task = pool.submit(generation_after, str(begun), str(cue))
+        until(begun.exists)
+        pool.submit(report_refused, 1).result(PATIENCE)
+        until(lambda: pool.stats().generation == 2)
+        until(lambda: pool.submit(generation).result(PATIENCE) == 2)
+        cue.touch()
+        assert task.result(PATIENCE) == (1, 2)
+    assert server.logins == 2
+
+
+def test_a_revoked_token_costs_one_login(ray_engine: RayEngine, server: LoopbackServer) -> None:
+    with AuthenticatedProcessPool(session_at(server), engine=ray_engine) as pool:
+        url = server.data_url(1)
+        assert list(pool.map(get, [url] * 4, chunksize=1))
+        server.revoke_all()
+        assert list(pool.map(get, [url] * 8, chunksize=1))
+    assert server.logins == 2
+
+
+def test_a_keeper_that_is_lost_is_begun_anew(ray_engine: RayEngine, server: LoopbackServer) -> None:
+    with AuthenticatedProcessPool(session_at(server), engine=ray_engine) as pool:
+        assert pool.submit(generation).result(PATIENCE) == 1
+        keeper = next(each for each in psutil.process_iter() if each.name().startswith("ray::Keeper"))
+        keeper.kill()
+        pool.submit(report_refused, 1).result(PATIENCE)
+        until(lambda: pool.submit(generation).result(PATIENCE) == 2 or pool.submit(report_refused, 1).result(PATIENCE))
+
+
+def test_a_worker_forgets_the_token_with_the_pool(ray_engine: RayEngine, server: LoopbackServer) -> None:
+    with AuthenticatedProcessPool(session_at(server), engine=ray_engine) as other:
+        with AuthenticatedProcessPool(session_at(server), engine=ray_engine) as pool:
+            assert len(pool.submit(outposts).result(PATIENCE)) >= 1
+        assert len(other.submit(outposts).result(PATIENCE)) == 1
+
+
+def test_a_token_that_ray_would_store_is_refused(ray_engine: RayEngine) -> None:
+    session = {"access_token": "invented" * 10_000, "expires_in": 3600}
+    pool = AuthenticatedProcessPool(lambda: session, engine=ray_engine)
+    with pytest.raises(TokenTooLargeError), pool:
+        pytest.fail("it must not get here")
+
+
+# Workers
+
+
+def test_a_timeout_ends_what_runs(ray_engine: RayEngine, server: LoopbackServer, tmp_path: Path) -> None:
+    begun, cue = tmp_path / "begun", tmp_path / "cue"
+    with AuthenticatedProcessPool(session_at(server), engine=ray_engine) as pool:
+        task = pool.options(timeout=1).submit(begin_and_wait, str(begun), str(cue))
+        with pytest.raises(TaskTimeoutError):
+            task.result(PATIENCE)
+        until(lambda: not psutil.pid_exists(int(begun.read_text())))
+        assert pool.submit(double, 1).result(PATIENCE) == 2
+
+
+def test_a_killed_workers_task_runs_again(ray_engine: RayEngine, server: LoopbackServer, tmp_path: Path) -> None:
+    begun, cue = tmp_path / "begun", tmp_path / "cue"
+    with AuthenticatedProcessPool(session_at(server), engine=ray_engine, retries=1) as pool:
+        task = pool.submit(begin_and_wait, str(begun), str(cue))
+        until(begun.exists)
+        worker = int(begun.read_text())
+        cue.touch()
+        os.kill(worker, signal.SIGKILL)
+        task.result(PATIENCE)
+        assert pool.stats().workers_lost == 1
