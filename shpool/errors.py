@@ -277,7 +277,7 @@ class WorkerLostError(TaskError):
 
     Args:
         task: What was called, as text.
-        pid: The worker's process id.
+        pid: The worker's process id, 0 when unknown.
         exitcode: Exit code, negative for a signal, None when unknown.
         peak_memory: Peak resident memory of the worker in bytes, None when unknown.
         attempts: How many workers the task has cost.
@@ -294,7 +294,8 @@ class WorkerLostError(TaskError):
         self.attempts = attempts
 
     def __str__(self) -> str:
-        parts = [f"worker {self.pid} died while running {self.task}"]
+        who = f"worker {self.pid}" if self.pid else "the worker"
+        parts = [f"{who} died while running {self.task}"]
         if self.exitcode is not None:
             cause = f"signal {-self.exitcode}" if self.exitcode < 0 else f"exit code {self.exitcode}"
             parts.append(f" ({cause})")

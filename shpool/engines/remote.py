@@ -352,10 +352,8 @@ class RemoteEngine:
             self._ring()
 
     def lost_worker(self, pid: int, detail: str = "") -> None:
-        """Count a worker that was lost."""
-        with self._lock:
-            self.tally.workers_lost += 1
-        logger.warning("worker %d is lost%s", pid, f": {detail}" if detail else "")
+        """Count a worker that was lost; in the loop, as logging would leave its mark on a cluster's own thread."""
+        self._inbox.put(functools.partial(self._count_loss, pid, detail))
 
     def failed(self, error: Exception) -> None:
         """End: no task can run any more."""
@@ -443,6 +441,11 @@ class RemoteEngine:
             if self._dispatch.next_due is not None:
                 moments.append(self._dispatch.next_due)
         return min(_LONGEST_NAP, max(0.0, min(moments, default=math.inf) - time.monotonic()))
+
+    def _count_loss(self, pid: int, detail: str) -> None:
+        with self._lock:
+            self.tally.workers_lost += 1
+        logger.warning("worker %s is lost%s", pid or "process", f": {detail}" if detail else "")
 
     def _heed_the_bell(self) -> None:
         with self._lock:
