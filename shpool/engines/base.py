@@ -149,6 +149,10 @@ class Engine(Protocol):
         """Most calls a batch may hold; None for as many as one likes."""
 
     @property
+    def singles(self) -> int:
+        """How many calls a worker should have under way where each is a message, before it proves to be too few."""
+
+    @property
     def has_ended(self) -> bool:
         """Tell whether it is shut down and nothing of it is left."""
 

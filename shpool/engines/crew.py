@@ -53,6 +53,8 @@ class Crew:
         blanked: Returns the environment variables they must not inherit; asked at each launch.
     """
 
+    singles = 4
+
     def __init__(
         self, workers: int, setup: WorkerSetup | None = None, *, blanked: Callable[[], Sequence[str]] = tuple
     ) -> None:

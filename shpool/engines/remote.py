@@ -191,6 +191,7 @@ class RemoteEngine:
     """
 
     largest_batch = None
+    singles = 64  # some of what goes ahead in one bunch
 
     def __init__(self, cluster: Cluster, setup: WorkerSetup | None = None, most: int | None = None) -> None:
         self.on_refused: Callable[[int], None] = lambda _: None
@@ -204,7 +205,7 @@ class RemoteEngine:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # run by the loop, one by one
         self._is_over_for_good = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="shpool-remote", daemon=True)
-        self._owner = os.getpid()
+        self._launching = threading.Lock()  # held while calls go to the cluster; never waited for under the other lock
 
         # Guards all that follows; as the crew's, it can be taken twice.
         self._lock = threading.RLock()
@@ -284,7 +285,15 @@ class RemoteEngine:
                 self._ledger.wait(flight, task.delay)
             else:
                 self._dispatch.add(flight)
-            self._ring()
+            is_idle = not self._aloft and self._launching.acquire(blocking=False)
+            calls = self._next_calls() if is_idle else []
+            if not calls or task.timeout is not None or self._dispatch:
+                self._ring()
+        if is_idle:
+            try:
+                self._launch(calls)
+            finally:
+                self._launching.release()
         return future
 
     def terminate(self, future: Future[Any]) -> bool:
@@ -374,10 +383,13 @@ class RemoteEngine:
             self._inbox.put(self._heed_the_bell)
 
     def _room(self) -> int:
-        """Return how many more calls may be at the cluster."""
-        workers = self.workers
+        """Return how many more calls may go to the cluster now.
+
+        Ahead of what runs they go in bunches: a message costs a cluster ten times what one more call in it does.
+        """
+        workers, aloft = self.workers, len(self._aloft)
         ahead = 0.0 if self._pace is None else min(_MOST_AHEAD, _AHEAD / max(self._pace, 1e-6))
-        return workers + int(workers * ahead) - len(self._aloft)
+        return workers + int(workers * ahead) - aloft if aloft < workers * (1 + ahead / 4) else 0
 
     def _next_calls(self) -> list[Call]:
         calls: list[Call] = []
@@ -403,16 +415,25 @@ class RemoteEngine:
         function = packed.pickled if is_sent else b""
         return Call(self.pool, number, flight.kind, packed.key, function, flight.payload, timeout is not None)
 
+    def _launch(self, calls: Sequence[Call]) -> None:
+        """Send calls; the cluster's lock is held, the other is not."""
+        try:
+            if calls:
+                self._cluster.launch(calls)
+        except Exception as exc:  # noqa: BLE001 - border: the cluster's own code
+            for call in calls:
+                self.ended(call.number, exc)
+
     # What follows runs in the loop's thread.
 
     def _loop(self) -> None:
         """Serve until it is over; whatever happens, no future is left waiting."""
         try:
             while not self._is_over():
-                with self._lock:
-                    calls = self._next_calls()
-                if calls:
-                    self._cluster.launch(calls)
+                with self._launching:
+                    with self._lock:
+                        calls = self._next_calls()
+                    self._launch(calls)
                 self._empty_inbox()
                 self._mind_the_clock()
         except BaseException as exc:
