@@ -52,6 +52,16 @@ class DaskProcesses:
         for _ in range(workers):
             self.add_worker()
 
+    @property
+    def folder(self) -> Path:
+        """Where it writes to."""
+        return Path(self._folder.name)
+
+    @property
+    def pids(self) -> list[int]:
+        """Ids of the processes that were started; the workers are their children."""
+        return [process.pid for process in self._processes if process.poll() is None]
+
     def add_worker(self, *options: str, prefix: Sequence[str] = (), nanny: bool = True) -> subprocess.Popen[bytes]:
         """Start a worker and wait until the scheduler knows it; return the process of its nanny."""
         before = self._said.read_text().count("Register worker")

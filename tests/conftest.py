@@ -52,7 +52,7 @@ class Holdings:
     def now(cls) -> Holdings:
         children = psutil.Process().children(recursive=True)
         return cls(
-            frozenset(child for child in children if not _is_tracker(child) and not _is_of_cluster(child)),
+            frozenset(child for child in children if not _is_tracker(child) and not _is_of_cluster(child.pid)),
             frozenset(thread for thread in threading.enumerate() if not thread.name.startswith(_LASTING_THREADS)),
             frozenset(_own_segments()),
             frozenset(_own_descriptors()),
@@ -106,10 +106,12 @@ def _own_descriptors() -> Iterator[str]:
 
 def _descriptors_to_clusters() -> set[str]:
     """Return the sockets to clusters that several tests share: a client opens more of them when it likes."""
-    if not lasting_ports:
+    if not lasting_sessions:
         return set()
+    listening = [each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+    ports = lasting_ports | {each.laddr.port for each in listening if each.laddr and _is_of_cluster(each.pid)}
     connections = psutil.Process().net_connections("tcp")
-    return {str(each.fd) for each in connections if each.raddr and each.raddr.port in lasting_ports}
+    return {str(each.fd) for each in connections if each.raddr and each.raddr.port in ports}
 
 
 def _is_tracker(process: psutil.Process) -> bool:
@@ -120,10 +122,10 @@ def _is_tracker(process: psutil.Process) -> bool:
         return False
 
 
-def _is_of_cluster(process: psutil.Process) -> bool:
+def _is_of_cluster(pid: int | None) -> bool:
     """Tell whether this is of a cluster that several tests share, whose nannies may start workers at any time."""
     try:
-        return os.getsid(process.pid) in lasting_sessions
+        return pid is not None and os.getsid(pid) in lasting_sessions
     except ProcessLookupError:
         return False
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import stress_cluster
 from cluster_fixtures import DaskProcesses, needs_dask
 from patience import PATIENCE, in_time, until
 from pool_tasks import (
@@ -337,6 +338,15 @@ def test_a_pool_leaves_the_cluster_as_it_was(dask_engine: DaskEngine, server: Lo
             assert all(count == 1 and plugins for count, plugins, _ in client.run(held_by_worker).values())
         assert set(map(str, client.run(held_by_worker).values())) == {"(0, [], '')"}
         until(lambda: client.run_on_scheduler(held_by_scheduler) == [])
+
+
+@pytest.mark.filterwarnings("ignore:the token travels unencrypted")
+def test_nothing_leans_on_shared_memory() -> None:
+    """Each worker has a network and a /dev/shm of its own."""
+    reason = stress_cluster.may_make_namespaces()
+    if reason:
+        pytest.skip(reason)
+    stress_cluster.check_namespaces(3.0)
 
 
 def test_a_clients_cluster_is_used_and_the_client_left_alone(dask_engine: DaskEngine, server: LoopbackServer) -> None:
