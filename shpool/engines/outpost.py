@@ -203,12 +203,16 @@ class Outpost:
         pickled_setup: Its ``WorkerSetup``, as ``dump_setup`` pickled it.
         cell: What the session reads; whoever brings parcels puts them there.
         report: Tells the parent that a server refused a generation; called in any thread, must not wait.
+
+    Attributes:
+        openings: How many workers of this process have it open.
     """
 
     def __init__(self, pool: str, pickled_setup: bytes, cell: TokenCell, report: Callable[[int], None]) -> None:
         self.pool = pool
         self.cell = cell
         self.session = SharedSession(cell, report=report)
+        self.openings = 0
         self._pickled_setup = pickled_setup
         self._functions: dict[bytes, Callable[..., Any]] = {}
         self._lock = threading.RLock()  # guards what follows, and is held while the initializer runs
@@ -299,9 +303,10 @@ class Outpost:
 
 
 def open_outpost(outpost: Outpost) -> Outpost:
-    """Put an outpost where calls find it; return the one of its pool, which may have been there before."""
+    """Put an outpost where calls find it; return the one of its pool, where another worker of this process has one."""
     with _registry:
         found = _outposts.setdefault(outpost.pool, outpost)
+        found.openings += 1
         _adopt_the_only_one()
     return found
 
@@ -312,12 +317,17 @@ def outpost_of(pool: str) -> Outpost | None:
 
 
 def close_outpost(pool: str) -> None:
-    """Close the outpost of a pool, if it has one here."""
+    """Close the outpost of a pool, if it has one here, once that was asked for as often as it was opened."""
     with _registry:
-        outpost = _outposts.pop(pool, None)
+        outpost = _outposts.get(pool)
+        if outpost is None:
+            return
+        outpost.openings -= 1
+        if outpost.openings:
+            return
+        del _outposts[pool]
         _adopt_the_only_one()
-    if outpost is not None:
-        outpost.close()
+    outpost.close()
 
 
 def note_home(pool: str) -> None:
