@@ -105,11 +105,11 @@ def _own_descriptors() -> Iterator[str]:
 
 
 def _descriptors_to_clusters() -> set[str]:
-    """Return the sockets to clusters that several tests share: a client opens more of them when it likes."""
+    """Return the sockets to clusters that several tests share: either side opens more of them when it likes."""
     if not lasting_sessions:
         return set()
-    listening = [each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
-    ports = lasting_ports | {each.laddr.port for each in listening if each.laddr and _is_of_cluster(each.pid)}
+    everybodys = psutil.net_connections("tcp")
+    ports = lasting_ports | {each.laddr.port for each in everybodys if each.laddr and _is_of_cluster(each.pid)}
     connections = psutil.Process().net_connections("tcp")
     return {str(each.fd) for each in connections if each.raddr and each.raddr.port in ports}
 
