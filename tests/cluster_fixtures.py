@@ -38,14 +38,18 @@ class DaskProcesses:
         workers: How many to start with.
         prefix: What the scheduler is started by, such as a command that enters a network namespace.
         host: Where it listens.
+        options: For the scheduler and its workers alike.
     """
 
-    def __init__(self, workers: int, prefix: Sequence[str] = (), host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, workers: int, prefix: Sequence[str] = (), host: str = "127.0.0.1", options: Sequence[str] = ()
+    ) -> None:
+        self._options = options
         self._folder = tempfile.TemporaryDirectory(prefix="dask-")
         self._processes: list[subprocess.Popen[bytes]] = []
         self._said = Path(self._folder.name) / "scheduler"
-        options = ("--host", host, "--port", "0", "--no-dashboard", "--no-show", "--no-jupyter")
-        self.scheduler = self._start("scheduler", *options, prefix=prefix)
+        place = ("--host", host, "--port", "0", "--no-dashboard", "--no-show", "--no-jupyter")
+        self.scheduler = self._start("scheduler", *place, *options, prefix=prefix)
         until(lambda: self._words_of_scheduler("Scheduler at:"))
         self.address = self._words_of_scheduler("Scheduler at:")
         lasting_ports.add(int(self.address.rpartition(":")[2]))
@@ -67,7 +71,9 @@ class DaskProcesses:
         before = self._said.read_text().count("Register worker")
         kind = "--nanny" if nanny else "--no-nanny"
         place = ("--local-directory", self._folder.name, "--no-dashboard", "--memory-limit", "0")
-        started = self._start("worker", self.address, "--nthreads", "1", kind, *place, *options, prefix=prefix)
+        started = self._start(
+            "worker", self.address, "--nthreads", "1", kind, *place, *self._options, *options, prefix=prefix
+        )
         until(lambda: self._said.read_text().count("Register worker") > before)
         return started
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -383,6 +384,24 @@ def test_a_scheduler_on_an_open_network_is_worth_a_warning() -> None:
             _warn_of_open_network(address)
     for address in ("tcp://127.0.0.1:8786", "tcp://localhost:1", "tls://10.1.2.3:8786", "inproc://10.1.2.3/1/1"):
         _warn_of_open_network(address)  # here a warning is an error
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl, to make a certificate")
+def test_a_cluster_with_certificates_is_used(server: LoopbackServer, tmp_path: Path) -> None:
+    from distributed import Security
+
+    cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "1", "-nodes"]
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", *subject, "-keyout", key, "-out", cert]
+    subprocess.run(made, check=True, capture_output=True)
+    options = ["--protocol", "tls", "--tls-ca-file", cert, "--tls-cert", cert, "--tls-key", key]
+    security = Security(tls_ca_file=cert, tls_client_cert=cert, tls_client_key=key, require_encryption=True)
+    with DaskProcesses(1, options=options) as processes:
+        assert processes.address.startswith("tls://")
+        with AuthenticatedProcessPool(session_at(server), engine=DaskEngine(processes.address, security)) as pool:
+            assert pool.submit(fetch, server.data_url(1, 10)).result(PATIENCE) == tile_bytes(1, 10)
+        with pytest.raises(ClusterUnreachableError):
+            AuthenticatedProcessPool(session_at(server), engine=DaskEngine(processes.address)).submit(double, 1)
 
 
 def test_a_missing_extra_is_named(child_env: dict[str, str]) -> None:
