@@ -395,6 +395,9 @@ class AuthenticatedProcessPool(_Submitting):
         except BaseException:
             sharing.end()
             raise
+        # The last to be registered runs first: a cluster's library, imported by now, must not leave before we do.
+        atexit.unregister(_end_all)
+        atexit.register(_end_all)
         # Neither the engine nor the sharing knows the pool, so one that is forgotten is collected, and then ends.
         weakref.finalize(self, engine.shutdown).atexit = False
         try:

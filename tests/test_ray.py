@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -19,11 +23,39 @@ from shpool.engines.ray import RayEngine
 from shpool.errors import ClusterError, ClusterUnreachableError, TaskTimeoutError, TokenTooLargeError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from shpool.testing import LoopbackServer
 
 pytestmark = [pytest.mark.slow, *needs_ray]
+
+
+SCRIPT = """
+import os, sys, time
+import psutil
+from shpool import AuthenticatedProcessPool, OAuthSession, RayEngine
+from shpool.errors import ClusterUnreachableError
+from shpool.testing import LoopbackServer
+
+if __name__ == "__main__":
+    server = LoopbackServer().__enter__()
+    session = OAuthSession(server.token_url, server.client_id, server.client_secret)
+"""
+
+
+def run_script(body: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run what a process of its own must do."""
+    paths = os.pathsep.join([env["PYTHONPATH"], str(Path(__file__).parent)])
+    code = SCRIPT + textwrap.indent(textwrap.dedent(body), "    ")
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, env={**env, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=3 * PATIENCE, check=False
+    )
+
+
+def session_of(process: int) -> int:
+    try:
+        return os.getsid(process)
+    except ProcessLookupError:
+        return 0
 
 
 def session_at(server: LoopbackServer) -> OAuthSession:
@@ -78,6 +110,84 @@ def test_sigterm_stays_the_callers(ray_engine: RayEngine, server: LoopbackServer
     before = signal.getsignal(signal.SIGTERM)
     with AuthenticatedProcessPool(session_at(server), engine=ray_engine):
         assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_ray_that_does_not_answer_is_told_within_ten_seconds(child_env: dict[str, str]) -> None:
+    """Ray itself asks for more than a minute, in a thread that cannot be ended; so this runs in a process."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        run = run_script(
+            f"""
+            try: AuthenticatedProcessPool(session, engine=RayEngine("127.0.0.1:{silent.getsockname()[1]}")).__enter__()
+            except ClusterUnreachableError as exc: print(exc, server.logins, flush=True)
+            os._exit(0)""",
+            child_env,
+        )
+    assert "has not answered in 9 s; check its address and that it runs 0" in run.stdout
+
+
+def test_a_pool_whose_process_leaves_ray_is_told(ray_engine: RayEngine, child_env: dict[str, str]) -> None:
+    run = run_script(
+        f"""
+        import ray
+        pool = AuthenticatedProcessPool(session, engine=RayEngine("{ray_engine.address}"))
+        task = pool.submit(time.sleep, 600)
+        ray.shutdown()
+        print(repr(task.exception({PATIENCE})))
+        pool.shutdown()
+        print(ray.is_initialized())""",
+        child_env,
+    )
+    assert "ray.shutdown()" in run.stdout
+    assert run.stdout.splitlines()[-1] == "False"
+
+
+def test_what_is_pending_is_done_before_the_interpreter_ends(ray_engine: RayEngine, child_env: dict[str, str]) -> None:
+    """Ray leaves at exit too, and must not be the first."""
+    run = run_script(
+        f"""
+        pool = AuthenticatedProcessPool(session, engine=RayEngine("{ray_engine.address}"))
+        pool.submit(time.sleep, 0.5).add_done_callback(lambda task: print("ended with", task.exception()))""",
+        child_env,
+    )
+    assert (run.returncode, run.stdout) == (0, "ended with None\n")
+
+
+# A Ray of our own
+
+
+def test_a_ray_of_our_own_begins_and_ends_with_the_pool(child_env: dict[str, str], tmp_path: Path) -> None:
+    """As its users have it: Ray guards it by a token of its own, in the user's home."""
+    del child_env["RAY_AUTH_MODE"]
+    run = run_script(
+        """
+        import pool_tasks
+        from shpool.engines.ray_link import LINK
+        os.environ["SH_CLIENT_SECRET"] = server.client_secret
+        with AuthenticatedProcessPool(session, 2, engine="ray") as pool:
+            print(pool.submit(pool_tasks.environment, "SH_CLIENT_SECRET").result()[0], pool.max_workers)
+            print(server.client_secret.encode() in pool.submit(pool_tasks.environment, "PATH").result()[1])
+            folder, pid = LINK._local.folder, LINK._local.pid
+            print(oct(os.stat(folder).st_mode)[-3:], len(psutil.Process(pid).children()) > 1)
+        print(os.path.exists(folder), psutil.pid_exists(pid), "RAY_AUTH_MODE" in os.environ)""",
+        child_env,
+    )
+    assert run.stdout.splitlines() == ["None 2", "False", "700 True", "False False False"], run.stderr
+    assert "WARNING" not in run.stderr
+
+
+def test_a_ray_of_our_own_ends_with_a_killed_parent(child_env: dict[str, str]) -> None:
+    run = run_script(
+        """
+        from shpool.engines.ray_link import LINK
+        pool = AuthenticatedProcessPool(session, 1, engine="ray")
+        pool.submit(time.sleep, 600)
+        print(LINK._local.folder, LINK._local.pid, flush=True)
+        os.kill(os.getpid(), 9)""",
+        child_env,
+    )
+    folder, session = run.stdout.split()
+    until(lambda: not [each for each in psutil.pids() if session_of(each) == int(session)])
+    assert not Path(folder).exists()
 
 
 # The token

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import logging
 import os
@@ -33,6 +34,7 @@ _LARGEST_PARCEL = 64 * 1024  # bytes of a posting: a board's limit, and below th
 _MOST_POLLS = 100_000  # questions that may wait at the keeper at once, one from each worker process and one of ours
 _LONGEST_FAREWELL = 5.0  # s that the keeper gets to send the outposts home
 _PAUSE = 0.2  # s before a keeper that does not answer is asked again
+_LOOK = 1.0  # s between two looks whether this process is connected
 _LOSSES = (
     exceptions.WorkerCrashedError,
     exceptions.OutOfMemoryError,
@@ -101,6 +103,9 @@ class RayCluster:
 
     def launch(self, calls: Sequence[Call]) -> None:
         """Send calls to run."""
+        if not ray.is_initialized():  # else Ray would start a cluster of its own, unasked
+            self._events.failed(_disconnected())
+            return
         for call in calls:
             # Bytes, as all else goes through a pickler in Python.
             ref = self._run.remote(pickle.dumps(call, protocol=5))
@@ -117,7 +122,7 @@ class RayCluster:
         """End the worker process that runs a call: it runs no other."""
         with self._lock:
             ref = self._refs.get(number)
-        if ref is not None:
+        if ref is not None and ray.is_initialized():
             ray.cancel(ref, force=True)
         return True
 
@@ -148,12 +153,13 @@ class RayCluster:
             LINK.give_back()
 
     def _end_keeper(self) -> None:
-        try:
-            ray.get(self._keeper.close.remote(), timeout=_LONGEST_FAREWELL)
-        except exceptions.RayError as exc:
-            logger.warning("workers on Ray may not have wiped their tokens: %s", exc)
-        self._listener.join(_LONGEST_FAREWELL)  # its question has been answered
-        ray.kill(self._keeper)
+        if ray.is_initialized():
+            try:
+                ray.get(self._keeper.close.remote(), timeout=_LONGEST_FAREWELL)
+            except exceptions.RayError as exc:
+                logger.warning("workers on Ray may not have wiped their tokens: %s", exc)
+            self._listener.join(_LONGEST_FAREWELL)  # its question has been answered
+            ray.kill(self._keeper)
         del self._keeper  # an actor's handle that outlives the connection keeps a socket open for good
 
     # What follows runs in threads of Ray's and in the listener's.
@@ -175,24 +181,25 @@ class RayCluster:
 
     def _listen(self) -> None:
         """Begin the keeper, and again whenever Ray has built it anew; fetch its news."""
-        while not self._is_closing.is_set():
-            error = self._talk_while_it_answers()
-            if self._is_closing.is_set():
-                return
+        while (error := self._talk_while_it_answers()) is not None and not self._is_closing.is_set():
+            if not ray.is_initialized():
+                error = _disconnected()
             if isinstance(error, exceptions.ActorDiedError):
-                self._events.failed(ClusterError("ray", f"the actor that keeps the token has died: {error}"))
+                error = ClusterError("ray", f"the actor that keeps the token has died: {error}")
+            if isinstance(error, ClusterError):
+                self._events.failed(error)
                 return
             with self._lock:
                 self._asked = None
             logger.info("the actor that keeps the token does not answer and is begun anew: %s", error)
             time.sleep(_PAUSE)
 
-    def _talk_while_it_answers(self) -> exceptions.RayError | None:
+    def _talk_while_it_answers(self) -> Exception | None:
         """Return why the keeper does not answer; None if the pool is closing."""
         try:
-            self._begin_keeper(ray.get(self._keeper.begin.remote(self._setup)))
+            self._begin_keeper(_answer_to(self._keeper.begin.remote(self._setup)))
             self._pass_on_news()
-        except exceptions.RayError as exc:
+        except (exceptions.RayError, ClusterError) as exc:
             return exc
         return None
 
@@ -205,7 +212,7 @@ class RayCluster:
     def _pass_on_news(self) -> None:
         seen = 0
         while not self._is_closing.is_set():
-            for news in ray.get(self._keeper.news.remote(seen)):
+            for news in _answer_to(self._keeper.news.remote(seen)):
                 seen = news.serial
                 getattr(self._events, news.kind)(news.value)
             self._look_at_capacity()
@@ -215,6 +222,25 @@ class RayCluster:
         if capacity != self._capacity:
             self._capacity = capacity
             self._events.changed()
+
+
+def _answer_to(question: Any) -> Any:  # noqa: ANN401 - an actor's methods return anything
+    """Wait for an actor's answer; ``ray.get`` would wait for ever once another thread has called ``ray.shutdown``.
+
+    Raises:
+        ClusterError: One has.
+        RayError: The actor does not answer.
+    """
+    future = question.future()
+    while not concurrent.futures.wait([future], _LOOK).done:
+        if not ray.is_initialized():
+            raise _disconnected()
+    return future.result()
+
+
+def _disconnected() -> ClusterError:
+    where, reason = "ray", "this process has called ray.shutdown()"
+    return ClusterError(where, reason)
 
 
 def _warn_of_eavesdroppers(nodes: Sequence[dict[str, Any]]) -> None:

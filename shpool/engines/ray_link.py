@@ -7,11 +7,12 @@ import logging
 import os
 import socket
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from shpool.engines.ray_local import LocalRay
+from shpool.engines.ray_local import INNER, LocalRay
 from shpool.errors import ClusterError, ClusterUnreachableError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Link:
         try:
             if address is None:
                 self._local = LocalRay(workers or os.cpu_count() or 1, blanked())
-                _init_in_time(self._local.address, address="auto", _temp_dir=self._local.folder)
+                _init_in_time(self._local.address, address="auto", _temp_dir=str(Path(self._local.folder, INNER)))
             else:
                 if address != "auto":
                     _knock(address)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _LONGEST_START = 60.0  # s; two to eight are usual
 _LONGEST_END = 20.0  # s
+INNER = "r"  # name of Ray's own folder, within the one that is this user's alone
 _LONGEST_FOLDER = 40  # characters: Ray's sockets lie 60 deeper, and the path of one may have 107 (<sys/un.h>)
 _OBJECT_STORE = 80 * 2**20  # bytes, the least that Ray takes to be enough: arguments and results pass through, no more
 
@@ -91,6 +92,7 @@ class LocalRay:
 def main(folder: str, cpus: str) -> None:
     """Start Ray, say where, and end it once the parent has closed its end or is gone; the process's main function."""
     os.umask(0o077)  # Ray would let others read its log files, and the token that opens the cluster
+    inner = str(Path(folder, INNER))  # Ray opens its own to all; the outer one stays closed
     context = ray.init(
         "local",
         num_cpus=int(cpus),
@@ -98,10 +100,10 @@ def main(folder: str, cpus: str) -> None:
         include_dashboard=False,
         log_to_driver=False,
         configure_logging=False,
-        _temp_dir=folder,
+        _temp_dir=inner,
     )
     address = context.address_info["gcs_address"]
-    Path(folder, "ray_current_cluster").write_text(address, encoding="utf-8")  # where address="auto" looks
+    Path(inner, "ray_current_cluster").write_text(address, encoding="utf-8")  # where address="auto" looks
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.write(address + "\n")
         sys.stdout.flush()
