@@ -53,6 +53,9 @@ _ADMIT_WITHIN = 10.0  # s for the workers to open their outposts
 _NO_ANSWER = "no worker has answered"
 _LEAVE_WITHIN = 5.0  # s for each of the steps of leaving
 _STOP_WITHIN = 5.0  # s to kill a worker
+# s until results are released, unless calls are sent before: the client sends once in 10 ms, and a release by itself
+# would let the next call wait for that.
+_RELEASE_AFTER = 0.05
 _LOOK = 0.25  # s between two looks whether the scheduler is still there
 _LARGE = 4 * 1024 * 1024  # bytes of calls from which Dask might warn of a large graph, which these are not
 _PRIVATE = ("tls://", "wss://", "inproc://")  # what nobody on the network can read
@@ -115,6 +118,7 @@ class DaskCluster:
         self._client: Client | None = None
         self._members: dict[str, _Member] = {}
         self._futures: dict[int, Any] = {}
+        self._spent: list[Any] = []  # futures to release
         self._parcel: Parcel | None = None
         self._tasks: set[asyncio.Task[Any]] = set()  # kept, as the loop itself holds them weakly
         self.capacity = 0
@@ -236,6 +240,7 @@ class DaskCluster:
     async def _close(self) -> None:
         """Leave the cluster as it was found; what cannot be done any more is left."""
         client, self._client = self._client, None
+        self._spent.clear()
         if client is None:
             return
         topic = topic_of(self._pool)
@@ -327,6 +332,7 @@ class DaskCluster:
             self._futures[call.number] = None
         for address, group in groups.items():
             self._send(address, group)
+        self._spent.clear()
 
     def _place(self, number: int) -> str | None:
         """Choose a worker; while there is none, whichever comes, so that a cluster that grows on demand does."""
@@ -383,9 +389,15 @@ class DaskCluster:
         """Tell the end of a call, once; let go of its result."""
         for member in self._members.values():
             member.calls.pop(number, None)
-        if number in self._futures:
-            self._drop([number])
-            self._events.ended(number, outcome)
+        if number not in self._futures:
+            return
+        future = self._futures[number]
+        if future is not None and future.done():
+            if not self._spent:
+                asyncio.get_running_loop().call_later(_RELEASE_AFTER, self._spent.clear)
+            self._spent.append(future)
+        self._drop([number])
+        self._events.ended(number, outcome)
 
     def _drop(self, numbers: Sequence[int]) -> None:
         """Let go of calls' results; what has not ended is not to run any more."""
