@@ -25,6 +25,7 @@ import psutil
 from cluster_fixtures import DaskProcesses
 from patience import until
 from pool_tasks import access_token
+from ray_fixture import SecondNode
 
 from shpool import AuthenticatedProcessPool, DaskEngine, OAuthSession, RayEngine, current_session
 from shpool.testing import LoopbackServer
@@ -88,11 +89,14 @@ class RayMachines:
     def __init__(self) -> None:
         from shpool.engines.ray_local import LocalRay
 
+        os.environ["RAY_AUTH_MODE"] = "disabled"  # else a parent finds Ray's token only where it is told auto
         self._node = LocalRay(2, ())
+        self._others: list[SecondNode] = []
         self.engine: EngineDescription = RayEngine(self._node.address)
 
     def add_worker(self) -> object:
-        return None  # Ray starts worker processes by itself
+        self._others.append(SecondNode(self._node.address))
+        return None  # it joins when it likes
 
     def processes(self) -> list[psutil.Process]:
         root = psutil.Process(self._node.pid)
@@ -105,6 +109,8 @@ class RayMachines:
         return b""  # all that lasts is in the files
 
     def close(self) -> None:
+        for node in self._others:
+            node.close()
         self._node.close()
 
 

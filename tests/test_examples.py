@@ -18,6 +18,7 @@ LAST_LINES = {
     "03_any_provider.py": "client weather-app, scope read:forecast, 1 login",
     "04_sharing_without_pool.py": "20 tiles, 20480 bytes, 1 login",
     "on_dask.py": "20 tiles, mean 126.5, 1 login",
+    "on_ray.py": "20 tiles, mean 126.5, 1 login",
 }
 ON_CLUSTERS = {"on_dask.py": needs_dask, "on_ray.py": needs_ray}
 LONGEST = 50  # lines

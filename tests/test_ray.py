@@ -8,21 +8,33 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 from patience import PATIENCE, in_time, until
-from pool_tasks import begin_and_wait, double, pid, report_refused
-from ray_fixture import needs_ray
+from pool_tasks import access_token, begin_and_wait, double, meet, pid, report_refused
+from ray_fixture import SecondNode, needs_ray, processes_in_session
 from ray_tasks import generation, generation_after, get, outposts
 
 from shpool import AuthenticatedProcessPool, OAuthSession
+from shpool.engines.outpost import Outpost, Parcel, TokenCell, open_outpost
 from shpool.engines.ray import RayEngine
-from shpool.errors import ClusterError, ClusterUnreachableError, TaskTimeoutError, TokenTooLargeError
+from shpool.errors import (
+    ClusterError,
+    ClusterUnreachableError,
+    TaskTimeoutError,
+    TokenTooLargeError,
+    TokenUnavailableError,
+)
+from shpool.tokens import SYSTEM_CLOCK, Posting, boot_time, token_from_response
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from shpool.testing import LoopbackServer
 
 pytestmark = [pytest.mark.slow, *needs_ray]
@@ -49,13 +61,6 @@ def run_script(body: str, env: dict[str, str]) -> subprocess.CompletedProcess[st
     return subprocess.run(
         command, env={**env, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=3 * PATIENCE, check=False
     )
-
-
-def session_of(process: int) -> int:
-    try:
-        return os.getsid(process)
-    except ProcessLookupError:
-        return 0
 
 
 def session_at(server: LoopbackServer) -> OAuthSession:
@@ -186,7 +191,7 @@ def test_a_ray_of_our_own_ends_with_a_killed_parent(child_env: dict[str, str]) -
         child_env,
     )
     folder, session = run.stdout.split()
-    until(lambda: not [each for each in psutil.pids() if session_of(each) == int(session)])
+    until(lambda: not processes_in_session(int(session)))
     assert not Path(folder).exists()
 
 
@@ -238,7 +243,76 @@ def test_a_token_that_ray_would_store_is_refused(ray_engine: RayEngine) -> None:
         pytest.fail("it must not get here")
 
 
+# The driver is gone
+
+
+def test_with_the_driver_go_the_workers_that_ran_its_tasks(
+    ray_engine: RayEngine, child_env: dict[str, str], tmp_path: Path
+) -> None:
+    """Ray ends them, and the keeper, which belongs to the driver."""
+    begun, cue = tmp_path / "begun", tmp_path / "cue"
+    run = run_script(
+        f"""
+        import pool_tasks
+        pool = AuthenticatedProcessPool(session, engine=RayEngine("{ray_engine.address}"))
+        pool.submit(pool_tasks.begin_and_wait, {str(begun)!r}, {str(cue)!r})
+        while not os.path.exists({str(begun)!r}): time.sleep(0.01)
+        os.kill(os.getpid(), 9)""",
+        child_env,
+    )
+    assert run.returncode == -signal.SIGKILL
+    until(lambda: not psutil.pid_exists(int(begun.read_text())))
+    until(lambda: not [each for each in psutil.process_iter() if each.name().startswith("ray::Keeper")])
+
+
+class GoneKeeper:
+    """A handle of an actor that is gone for good; its methods answer as Ray's do."""
+
+    @property
+    def newer(self) -> Self:
+        return self
+
+    def remote(self, *_: object) -> Self:
+        return self
+
+    def future(self) -> Future[object]:
+        from ray.exceptions import ActorDiedError
+
+        answer: Future[object] = Future()
+        answer.set_exception(ActorDiedError())
+        return answer
+
+
+def test_a_worker_whose_keeper_is_gone_serves_its_token_to_the_end_and_closes() -> None:
+    from shpool.engines.ray_keeper import _follow
+
+    cell = TokenCell()
+    pool = open_outpost(Outpost("invented-pool", b"", cell, lambda _: None))
+    now = SYSTEM_CLOCK.now()
+    answer = {"access_token": "invented-token", "expires_in": 1.0}
+    cell.take(Parcel.of(Posting(token_from_response(answer, now)), 1))
+    follower = threading.Thread(target=_follow, args=(pool.pool, GoneKeeper(), cell))
+    follower.start()
+    assert pool.session.token.access_token == "invented-token"
+    follower.join(PATIENCE)
+    assert boot_time() - now.boot >= 1.0
+    with pytest.raises(TokenUnavailableError, match="sharing has ended"):
+        _ = pool.session.token
+
+
 # Workers
+
+
+def test_a_node_that_comes_later_is_used(ray_engine: RayEngine, server: LoopbackServer, tmp_path: Path) -> None:
+    with AuthenticatedProcessPool(session_at(server), engine=ray_engine, retries=2) as pool:
+        assert pool.max_workers == 2
+        with SecondNode(ray_engine.address or ""):
+            until(lambda: pool.max_workers == 3)
+            met = [pool.submit(meet, str(tmp_path), me, 3) for me in range(3)]
+            assert len({task.result(PATIENCE) for task in met}) == 3
+            assert len({pool.submit(access_token).result(PATIENCE) for _ in range(6)}) == 1
+        assert pool.submit(double, 2).result(PATIENCE) == 4
+    assert server.logins == 1
 
 
 def test_a_timeout_ends_what_runs(ray_engine: RayEngine, server: LoopbackServer, tmp_path: Path) -> None:
