@@ -216,7 +216,7 @@ def current_session() -> SharedSession:
     Raises:
         NoSessionError: This process is no worker.
     """
-    session = _here.get() or _adopted
+    session = _here.get() or _adopted if _is_taken else _adopted  # a worker of one pool alone is spared a third of it
     if session is None:
         raise NoSessionError
     return session
@@ -224,6 +224,8 @@ def current_session() -> SharedSession:
 
 def take_session(session: SharedSession) -> contextvars.Token[SharedSession | None]:
     """Make ``session`` the one of this thread until ``leave_session``. For engines whose tasks share a process."""
+    global _is_taken  # noqa: PLW0603 - one for the process
+    _is_taken = True
     return _here.set(session)
 
 
@@ -253,4 +255,5 @@ def _why_none(token: Token | None, newer_than: int) -> str:
 
 
 _adopted: SharedSession | None = None
+_is_taken = False  # in this process, ever
 _here: contextvars.ContextVar[SharedSession | None] = contextvars.ContextVar("shpool session", default=None)
