@@ -359,11 +359,15 @@ def test_a_clients_cluster_is_used_and_the_client_left_alone(dask_engine: DaskEn
         assert client.submit(double, 5).result() == 10
 
 
-def test_a_local_cluster_begins_and_ends_with_the_pool(server: LoopbackServer) -> None:
+def test_a_local_cluster_begins_and_ends_with_the_pool(
+    server: LoopbackServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with AuthenticatedProcessPool(session_at(server), 1, engine="dask") as pool:
         worker = pool.submit(pid).result(PATIENCE)
         assert pool.max_workers == 1
     until(lambda: not Path(f"/proc/{worker}").exists())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_local_clusters_workers_do_not_inherit_the_secret(

@@ -70,10 +70,12 @@ class LocalDask:
 
 def main() -> None:
     """Be the cluster."""
+    import dask
     from distributed import LocalCluster
 
     with (
         tempfile.TemporaryDirectory(prefix="shpool-dask-") as folder,
+        dask.config.set({"temporary-directory": folder}),  # else the scheduler leaves a folder in the system's
         LocalCluster(
             n_workers=int(sys.argv[1]),
             threads_per_worker=1,
