@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shpool.config import SHConfig
     from shpool.downloads import DownloadItem, DownloadResult, download
+    from shpool.engines.dask import DaskEngine
+    from shpool.engines.ray import RayEngine
     from shpool.errors import ShpoolError, SHUserWarning
     from shpool.gate import Gate
     from shpool.pool import AuthenticatedProcessPool
@@ -25,10 +27,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AuthenticatedProcessPool",
+    "DaskEngine",
     "DownloadItem",
     "DownloadResult",
     "Gate",
     "OAuthSession",
+    "RayEngine",
     "SHConfig",
     "SHUserWarning",
     "SentinelHubSession",
@@ -43,10 +47,12 @@ __all__ = [
 
 _HOMES = {
     "AuthenticatedProcessPool": "shpool.pool",
+    "DaskEngine": "shpool.engines.dask",
     "DownloadItem": "shpool.downloads",
     "DownloadResult": "shpool.downloads",
     "Gate": "shpool.gate",
     "OAuthSession": "shpool.session",
+    "RayEngine": "shpool.engines.ray",
     "SHConfig": "shpool.config",
     "SHUserWarning": "shpool.errors",
     "SentinelHubSession": "shpool.session",

@@ -24,6 +24,8 @@
     ├── ShellJobError              a shell command ended with another exit status than 0
     │   └── ShellTimeoutError      it ran longer than its timeout
     ├── InitializerError           the initializer failed in a worker
+    ├── ClusterError               the cluster that tasks were to run on cannot be used
+    │   └── ClusterUnreachableError  it does not answer, or not any more
     ├── ConfigError                the configuration cannot be read or used
     ├── InputError                 a batch's target or input is not usable
     ├── JournalError               the journal of a batch cannot be read or written
@@ -298,7 +300,7 @@ class WorkerLostError(TaskError):
 
     Args:
         task: What was called, as text.
-        pid: The worker's process id.
+        pid: The worker's process id, 0 when unknown.
         exitcode: Exit code, negative for a signal, None when unknown.
         peak_memory: Peak resident memory of the worker in bytes, None when unknown.
         attempts: How many workers the task has cost.
@@ -315,7 +317,8 @@ class WorkerLostError(TaskError):
         self.attempts = attempts
 
     def __str__(self) -> str:
-        parts = [f"worker {self.pid} died while running {self.task}"]
+        who = f"worker {self.pid}" if self.pid else "the worker"
+        parts = [f"{who} died while running {self.task}"]
         if self.exitcode is not None:
             cause = f"signal {-self.exitcode}" if self.exitcode < 0 else f"exit code {self.exitcode}"
             parts.append(f" ({cause})")
@@ -470,6 +473,30 @@ class InitializerError(ShpoolError):
 
     def __str__(self) -> str:
         return f"the pool's initializer failed in a worker: {self.text}"
+
+
+class ClusterError(ShpoolError):
+    """The cluster that tasks were to run on cannot be used.
+
+    Args:
+        where: Its address, or its kind.
+        reason: What is wrong.
+    """
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(where, reason)
+        self.where = where
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"cluster {self.where} cannot be used: {self.reason}"
+
+
+class ClusterUnreachableError(ClusterError, ConnectionError):
+    """The cluster does not answer, or not any more."""
+
+    def __str__(self) -> str:
+        return f"cluster {self.where} cannot be reached: {self.reason}; check its address and that it runs"
 
 
 class ConfigError(ShpoolError, ValueError):

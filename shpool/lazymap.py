@@ -33,7 +33,7 @@ BATCH_SIZE = 2**20  # bytes a batch and its results should come to: larger ones 
 LARGEST_BATCH = 32_768  # items; beyond it batches cost memory and gain nothing
 _GROWTH = 8  # times; one batch of tiny tasks says little about the next
 _BATCHES_PER_WORKER = 2  # one running and one at hand
-_SINGLES, _MOST_SINGLES = 4, 256  # items a worker under way where each is a message: at first, and if that starves it
+_MOST_SINGLES = 256  # items a worker under way where each is a message, if fewer starve it
 _END_GAME = 3  # batches each worker should still get of what is known to be left
 
 
@@ -137,7 +137,7 @@ class LazyMap:
         self._batches_at_most = max(engine.workers * _BATCHES_PER_WORKER + 1, 2)
         self._batches_ever = self._batches_at_most
         if options.goes_singly:
-            self._batches_at_most, self._batches_ever = _SINGLES * engine.workers, _MOST_SINGLES * engine.workers
+            self._batches_at_most, self._batches_ever = engine.singles * engine.workers, _MOST_SINGLES * engine.workers
         self._under_way: deque[_Batch] = deque()
         self._pulled = 0
         self._held = 0  # items pulled and not yet handed out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import atexit
+import functools
 import logging
 import os
 import sys
@@ -12,10 +13,10 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from shpool.channels import NamedChannel, TeeChannel
-from shpool.engines.base import Engine, Task
+from shpool.engines.base import Engine, EngineDescription, Task
 from shpool.engines.setup import WorkerSetup
 from shpool.errors import LoginError, TokenUnavailableError
 from shpool.gate import Gate
@@ -51,7 +52,7 @@ _THREAD_VARIABLES = (
     "NUMEXPR_NUM_THREADS",
     "GDAL_NUM_THREADS",
 )
-_ENGINES = ("loky", "inline")
+_ENGINES = ("loky", "inline", "dask", "ray")
 _BACKOFF = Backoff(base=0.1, cap=10.0)  # s; short, as it is mostly workers that were lost
 
 
@@ -188,8 +189,10 @@ class AuthenticatedProcessPool(_Submitting):
     Args:
         session: What logs in: an ``OAuthSession``, another object with a ``token`` refreshed on read, or a function
             that returns a token mapping.
-        max_workers: Number of worker processes; None for the processors this process may use.
-        engine: ``loky`` for worker processes on this machine, ``inline`` for the caller's own process.
+        max_workers: Number of worker processes; None for the processors this process may use. On a cluster, the most
+            tasks to run at once; None for as many as it has room for.
+        engine: ``loky`` for worker processes on this machine, ``inline`` for the caller's own; a ``DaskEngine``,
+            a ``RayEngine`` or a ``distributed.Client`` for a cluster; ``dask`` or ``ray`` for one on this machine.
         memory_name: Also share the session under this name, for other processes of the user.
         initializer: Called once in each worker, after its session is there.
         initargs: Arguments for it.
@@ -218,7 +221,7 @@ class AuthenticatedProcessPool(_Submitting):
         session: Session,
         max_workers: int | None = None,
         *,
-        engine: str = "loky",
+        engine: str | EngineDescription = "loky",
         memory_name: str | None = None,
         initializer: Callable[..., object] | None = None,
         initargs: tuple[Any, ...] = (),
@@ -235,19 +238,17 @@ class AuthenticatedProcessPool(_Submitting):
         unit: RetryAfterUnit = getattr(session, "retry_after_unit", "s")
         self._policy = RetryPolicy(_checked_retries(retries), _BACKOFF, unit, _checked_function("retry_if", retry_if))
         self._timeout = _checked_timeout(timeout)
-        self._workers = _checked_workers(max_workers)
-        if engine not in _ENGINES:
-            msg = f"engine must be one of {', '.join(_ENGINES)}, not {engine!r}"
-            raise ValueError(msg)
+        self._where = _described_engine(engine)
+        self._workers = _checked_workers(max_workers, is_local=self._where is None)
         if initializer is not None:
             _checked_function("initializer", initializer)
         self._session = session
-        self._engine_name = engine
+        self._engine_name = str(engine) if self._where is None else self._where.name
         self._memory_name = memory_name
         self._setup = WorkerSetup(
             initializer,
             _checked_arguments(initargs),
-            {**_thread_limits(self._workers), **_checked_env(env)},
+            {**_thread_limits(self._workers, self._where), **_checked_env(env)},
             _checked_level(log_level),
             _checked_limit("max_tasks_per_worker", max_tasks_per_worker),
             _checked_limit("max_worker_memory", max_worker_memory),
@@ -344,7 +345,7 @@ class AuthenticatedProcessPool(_Submitting):
         logins = refresher.logins if refresher is not None else 0
         return PoolStats(
             state=state,
-            workers=self._workers,
+            workers=self.max_workers,
             tasks_pending=engine.backlog if engine is not None else 0,
             tasks_done=tally.done if tally is not None else 0,
             tasks_failed=tally.failed if tally is not None else 0,
@@ -372,8 +373,10 @@ class AuthenticatedProcessPool(_Submitting):
 
     @property
     def max_workers(self) -> int:
-        """Number of worker processes."""
-        return self._workers
+        """How many tasks can run at once; 0 while that is a cluster's to say, and the pool has not begun."""
+        if self._where is not None and self._engine is not None:
+            return self._engine.workers
+        return self._workers or 0
 
     # Inside
 
@@ -412,6 +415,9 @@ class AuthenticatedProcessPool(_Submitting):
         except BaseException:
             sharing.end()
             raise
+        # The last to be registered runs first: a cluster's library, imported by now, must not leave before we do.
+        atexit.unregister(_end_all)
+        atexit.register(_end_all)
         # Neither the engine nor the sharing knows the pool, so one that is forgotten is collected, and then ends.
         weakref.finalize(self, engine.shutdown).atexit = False
         try:
@@ -432,10 +438,12 @@ class AuthenticatedProcessPool(_Submitting):
             from shpool.engines.inline import Inline
 
             return Inline(self._setup, gate=self._gate)
+        blanked = functools.partial(_secret_variables, self._session)
+        if self._where is not None:
+            return self._where.build(self._workers, self._setup, blanked)
         from shpool.engines.crew import Crew
 
-        session = self._session
-        return Crew(self._workers, self._setup, blanked=lambda: _secret_variables(session), gate=self._gate)
+        return Crew(self._workers or 1, self._setup, blanked=blanked, gate=self._gate)
 
     def _close(self, *, cancel: bool, kill: bool, wait: bool) -> None:
         if self._engine is not None and os.getpid() != self._owner:
@@ -509,7 +517,32 @@ def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _checked_workers(max_workers: int | None) -> int:
+def _described_engine(engine: object) -> EngineDescription | None:
+    """Return the description of a cluster's engine, None for the engines of this machine."""
+    if isinstance(engine, str) and engine not in _ENGINES:
+        msg = f"engine must be one of {', '.join(_ENGINES)}, a DaskEngine or a RayEngine, not {engine!r}"
+        raise ValueError(msg)
+    if engine in {"loky", "inline"}:
+        return None
+    if engine == "ray":
+        from shpool.engines.ray import RayEngine
+
+        return RayEngine()
+    from shpool.engines.dask import DaskEngine, is_dask_client
+
+    if engine == "dask":
+        return DaskEngine()
+    if is_dask_client(engine):
+        return DaskEngine(engine)
+    if not callable(getattr(engine, "build", None)):
+        msg = f"engine must be a name, a DaskEngine, a RayEngine or a distributed.Client, not {engine!r}"
+        raise TypeError(msg)
+    return cast("EngineDescription", engine)
+
+
+def _checked_workers(max_workers: int | None, *, is_local: bool) -> int | None:
+    if max_workers is None and not is_local:
+        return None
     if max_workers is None:
         from loky import cpu_count
 
@@ -523,8 +556,10 @@ def _checked_workers(max_workers: int | None) -> int:
     return max_workers
 
 
-def _thread_limits(workers: int) -> dict[str, str]:
+def _thread_limits(workers: int | None, where: EngineDescription | None) -> dict[str, str]:
     """Return how many threads a worker's libraries may start, for those that nobody has told yet."""
+    if where is not None or workers is None:
+        return {}  # a cluster's workers have long imported them
     share = str(max(1, (os.cpu_count() or 1) // workers))
     return {name: share for name in _THREAD_VARIABLES if name not in os.environ}
 

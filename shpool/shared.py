@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import os
 import time
 from collections import deque
@@ -179,6 +180,13 @@ class SharedSession:
         """Return the access tokens read last, without waiting for one."""
         return tuple(self._seen)
 
+    def forget(self) -> None:
+        """Hold no token any more; for a process that goes on when its part in sharing has ended."""
+        self._view = (self._view[0], 0, 0.0, cast("Token", None))
+        self._posting = Posting(None)
+        self._seen.clear()
+        self._http = None
+
     def report_refused(self, generation: int) -> None:
         """Tell the parent that a server refused the token of this generation."""
         self._report(generation)
@@ -203,8 +211,8 @@ def collect_shared_session(memory_name: str | None = None) -> SharedSession:
         ForeignBoardError: Another user owns the segment or may write to it.
         BoardLayoutError: The segment belongs to something else.
     """
-    if memory_name is None and _adopted is not None:
-        return _adopted
+    if memory_name is None and (here := _here.get() or _adopted) is not None:
+        return here
     name = memory_name or DEFAULT_NAME
     reader = attach_named(name)
     return SharedSession(reader, name=name, report=lambda generation: _report_beside(name, generation))
@@ -223,9 +231,27 @@ def current_session() -> SharedSession:
     Raises:
         NoSessionError: This process is no worker.
     """
-    if _adopted is None:
+    session = _here.get() or _adopted if _is_taken else _adopted  # a worker of one pool alone is spared a third of it
+    if session is None:
         raise NoSessionError
-    return _adopted
+    return session
+
+
+def take_session(session: SharedSession) -> contextvars.Token[SharedSession | None]:
+    """Make ``session`` the one of this thread until ``leave_session``. For engines whose tasks share a process."""
+    global _is_taken  # noqa: PLW0603 - one for the process
+    _is_taken = True
+    return _here.set(session)
+
+
+def leave_session(former: contextvars.Token[SharedSession | None]) -> None:
+    """Undo ``take_session``."""
+    _here.reset(former)
+
+
+def is_session_here(session: SharedSession) -> bool:
+    """Tell whether this thread has taken ``session``."""
+    return _here.get() is session
 
 
 def adopt_session(session: SharedSession | None) -> SharedSession | None:
@@ -244,3 +270,5 @@ def _why_none(token: Token | None, newer_than: int) -> str:
 
 
 _adopted: SharedSession | None = None
+_is_taken = False  # in this process, ever
+_here: contextvars.ContextVar[SharedSession | None] = contextvars.ContextVar("shpool session", default=None)

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 from authlib_fixture import authlib_server, start_authlib_server
+from cluster_fixtures import dask_engine, dask_processes, lasting_ports, lasting_sessions
 from hypothesis import HealthCheck, settings
+from ray_fixture import ray_engine, ray_node
 
 from shpool.board import MAGIC
 from shpool.testing import FakeClock, LoopbackServer
@@ -24,7 +26,7 @@ from shpool.testing import FakeClock, LoopbackServer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["authlib_server", "start_authlib_server"]
+__all__ = ["authlib_server", "dask_engine", "dask_processes", "ray_engine", "ray_node", "start_authlib_server"]
 
 # How fast examples are made and run is no property of the code: a busy machine makes any of them slow.
 settings.register_profile("patient", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -33,6 +35,7 @@ settings.load_profile("patient")
 _PATIENCE = 30.0  # s that processes and threads get to end after a test
 _SHARED_MEMORY = Path("/dev/shm")
 _DESCRIPTORS = Path("/proc/self/fd")
+_LASTING_THREADS = ("Dask-Offload",)  # distributed's, for the rest of the process
 _numbers = itertools.count(1)
 
 
@@ -49,8 +52,8 @@ class Holdings:
     def now(cls) -> Holdings:
         children = psutil.Process().children(recursive=True)
         return cls(
-            frozenset(child for child in children if not _is_tracker(child)),
-            frozenset(threading.enumerate()),
+            frozenset(child for child in children if not _is_tracker(child) and not _is_of_cluster(child.pid)),
+            frozenset(thread for thread in threading.enumerate() if not thread.name.startswith(_LASTING_THREADS)),
             frozenset(_own_segments()),
             frozenset(_own_descriptors()),
         )
@@ -91,13 +94,24 @@ def _is_own_board(entry: Path) -> bool:
 def _own_descriptors() -> Iterator[str]:
     """Yield the sockets and boards this process has open; other files may be cached by libraries."""
     if _DESCRIPTORS.is_dir():
+        lasting = _descriptors_to_clusters()
         for entry in _DESCRIPTORS.iterdir():
             try:
                 target = str(entry.readlink())
             except OSError:  # the descriptor of this very listing
                 continue
-            if target.startswith(("socket:", "/memfd:shpool")):
+            if target.startswith(("socket:", "/memfd:shpool")) and entry.name not in lasting:
                 yield f"{entry.name} {target}"
+
+
+def _descriptors_to_clusters() -> set[str]:
+    """Return the sockets to clusters that several tests share: either side opens more of them when it likes."""
+    if not lasting_sessions:
+        return set()
+    everybodys = psutil.net_connections("tcp")
+    ports = lasting_ports | {each.laddr.port for each in everybodys if each.laddr and _is_of_cluster(each.pid)}
+    connections = psutil.Process().net_connections("tcp")
+    return {str(each.fd) for each in connections if each.raddr and each.raddr.port in ports}
 
 
 def _is_tracker(process: psutil.Process) -> bool:
@@ -105,6 +119,14 @@ def _is_tracker(process: psutil.Process) -> bool:
     try:
         return "resource_tracker" in " ".join(process.cmdline())
     except psutil.Error:
+        return False
+
+
+def _is_of_cluster(pid: int | None) -> bool:
+    """Tell whether this is of a cluster that several tests share, whose nannies may start workers at any time."""
+    try:
+        return pid is not None and os.getsid(pid) in lasting_sessions
+    except ProcessLookupError:
         return False
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from cluster_fixtures import needs_dask
 from patience import PATIENCE, until
 from pool_tasks import (
     Counter,
@@ -33,6 +34,7 @@ from pool_tasks import (
     return_unpicklable_at,
     stop_iteration_at,
 )
+from ray_fixture import needs_ray
 
 from shpool import AuthenticatedProcessPool, OAuthSession, current_session
 from shpool.errors import InitializerError, LoginRefusedError, NoSessionError
@@ -42,7 +44,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from concurrent.futures import Future
 
-ENGINES = ["inline", "loky"]
+    from shpool.engines.base import EngineDescription
+
+ENGINES = ["inline", "loky", pytest.param("dask", marks=needs_dask), pytest.param("ray", marks=needs_ray)]
 
 pytestmark = pytest.mark.slow  # engines with processes take a quarter of a second to start
 
@@ -52,8 +56,17 @@ def session_at(server: LoopbackServer) -> OAuthSession:
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> str:
+def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def engine(kind: str, request: pytest.FixtureRequest) -> str | EngineDescription:
+    """Return what a pool is told; a cluster is one that all tests of its kind share."""
+    if kind in {"inline", "loky"}:
+        return kind
+    described: EngineDescription = request.getfixturevalue(f"{kind}_engine")
+    return described
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +76,7 @@ def provider() -> Iterator[LoopbackServer]:
 
 
 @pytest.fixture(scope="module")
-def pool(engine: str, provider: LoopbackServer) -> Iterator[AuthenticatedProcessPool]:
+def pool(engine: str | EngineDescription, provider: LoopbackServer) -> Iterator[AuthenticatedProcessPool]:
     """Two workers that the tests share; whoever harms a pool makes one of his own."""
     with AuthenticatedProcessPool(session_at(provider), 2, engine=engine) as shared:
         until(lambda: len(getattr(shared._engine, "pids", "xx")) == 2)
@@ -337,7 +350,7 @@ def test_outside_a_task_there_is_no_session(pool: AuthenticatedProcessPool) -> N
         current_session()
 
 
-def test_two_pools_do_not_mix_their_tokens(engine: str, provider: LoopbackServer) -> None:
+def test_two_pools_do_not_mix_their_tokens(engine: str | EngineDescription, provider: LoopbackServer) -> None:
     with (
         LoopbackServer() as other,
         AuthenticatedProcessPool(session_at(provider), 1, engine=engine) as first,
@@ -350,28 +363,32 @@ def test_two_pools_do_not_mix_their_tokens(engine: str, provider: LoopbackServer
         assert first.submit(access_token).result(PATIENCE) != second.submit(access_token).result(PATIENCE)
 
 
-def test_the_initializer_runs_once_and_has_the_session(engine: str, provider: LoopbackServer) -> None:
+def test_the_initializer_runs_once_and_has_the_session(
+    kind: str, engine: str | EngineDescription, provider: LoopbackServer
+) -> None:
     def said(_: int) -> list[str]:
         import pool_tasks
 
         return pool_tasks._inited
 
-    setting = {"initializer": initialise, "initargs": (f"word-{engine}",)}
-    with AuthenticatedProcessPool(session_at(provider), 1, engine=engine, **setting) as pool:  # type: ignore[arg-type]  # a test's shorthand
+    setting = {"initializer": initialise, "initargs": (f"word-{kind}",)}
+    with AuthenticatedProcessPool(session_at(provider), 1, engine=engine, **setting) as pool:  # type: ignore[arg-type]  # shorthand
         for words in pool.map(said, range(5), chunksize=1):
-            assert words == [f"word-{engine} 1"]
+            assert words == [f"word-{kind} 1"]
 
 
-def test_an_initializer_that_raises_is_told(engine: str, provider: LoopbackServer) -> None:
+def test_an_initializer_that_raises_is_told(engine: str | EngineDescription, provider: LoopbackServer) -> None:
     setting = {"initializer": refuse_to_start, "initargs": ("no licence",)}
     with (
         pytest.raises(InitializerError, match="OSError: cannot start: no licence"),
-        AuthenticatedProcessPool(session_at(provider), 2, engine=engine, **setting) as pool,  # type: ignore[arg-type]  # a test's shorthand
+        AuthenticatedProcessPool(session_at(provider), 2, engine=engine, **setting) as pool,  # type: ignore[arg-type]  # shorthand
     ):
         pool.submit(double, 1).result(PATIENCE)
 
 
-def test_a_refused_login_is_raised_where_the_pool_is_entered(engine: str, provider: LoopbackServer) -> None:
+def test_a_refused_login_is_raised_where_the_pool_is_entered(
+    engine: str | EngineDescription, provider: LoopbackServer
+) -> None:
     session = OAuthSession(provider.token_url, provider.client_id, "wrong-secret")
     pool = AuthenticatedProcessPool(session, 2, engine=engine)
     with pytest.raises(LoginRefusedError, match="invalid_client"), pool:
@@ -384,7 +401,9 @@ def test_a_refused_login_is_raised_where_the_pool_is_entered(engine: str, provid
 # Life
 
 
-def test_a_pool_starts_at_its_first_submit_and_ends_with_shutdown(engine: str, provider: LoopbackServer) -> None:
+def test_a_pool_starts_at_its_first_submit_and_ends_with_shutdown(
+    engine: str | EngineDescription, provider: LoopbackServer
+) -> None:
     pool = AuthenticatedProcessPool(session_at(provider), 1, engine=engine)
     before = provider.logins
     assert pool.stats().state == "new"
@@ -399,7 +418,7 @@ def test_a_pool_starts_at_its_first_submit_and_ends_with_shutdown(engine: str, p
     assert provider.logins == before + 1
 
 
-def test_a_pool_that_never_ran_ends_at_once(engine: str, provider: LoopbackServer) -> None:
+def test_a_pool_that_never_ran_ends_at_once(engine: str | EngineDescription, provider: LoopbackServer) -> None:
     pool = AuthenticatedProcessPool(session_at(provider), 1, engine=engine)
     before = provider.logins
     pool.shutdown()
@@ -408,10 +427,10 @@ def test_a_pool_that_never_ran_ends_at_once(engine: str, provider: LoopbackServe
         pool.submit(double, 1)
 
 
-def test_stats_and_repr_tell_the_truth(engine: str, provider: LoopbackServer) -> None:
+def test_stats_and_repr_tell_the_truth(kind: str, engine: str | EngineDescription, provider: LoopbackServer) -> None:
     pool = AuthenticatedProcessPool(session_at(provider), 1, engine=engine)
     assert repr(pool) == (
-        f"<AuthenticatedProcessPool new, 1 {engine} workers, 0 pending, 0 done, 0 failed, no token yet>"
+        f"<AuthenticatedProcessPool new, 1 {kind} workers, 0 pending, 0 done, 0 failed, no token yet>"
     )
     with pool:
         futures: list[Future[int]] = [pool.submit(double, 1), pool.submit(double, 2), pool.submit(fail, 3)]
@@ -424,7 +443,7 @@ def test_stats_and_repr_tell_the_truth(engine: str, provider: LoopbackServer) ->
         assert now.token_remaining is not None
         assert 3_500 < now.token_remaining <= 3_600
         text = repr(pool)
-        assert text.startswith(f"<AuthenticatedProcessPool running, 1 {engine} workers, 0 pending, 2 done, 1 failed, ")
+        assert text.startswith(f"<AuthenticatedProcessPool running, 1 {kind} workers, 0 pending, 2 done, 1 failed, ")
         assert "token generation 1 fresh, 3" in text
         assert provider.client_secret not in text
         assert pool.submit(access_token).result(PATIENCE) not in text
@@ -439,6 +458,6 @@ def test_a_result_that_cannot_travel_harms_no_other(pool: AuthenticatedProcessPo
     assert futures[1].done()
 
 
-def test_tasks_run_where_the_engine_says(pool: AuthenticatedProcessPool, engine: str) -> None:
+def test_tasks_run_where_the_engine_says(pool: AuthenticatedProcessPool, kind: str) -> None:
     ids = set(pool.map(pid, range(20), chunksize=1))
-    assert (os.getpid() in ids) == (engine == "inline")
+    assert (os.getpid() in ids) == (kind == "inline")

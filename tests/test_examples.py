@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from cluster_fixtures import needs_dask
+from ray_fixture import needs_ray
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LAST_LINES = {
@@ -16,7 +18,10 @@ LAST_LINES = {
     "03_any_provider.py": "client weather-app, scope read:forecast, 1 login",
     "04_sharing_without_pool.py": "20 tiles, 20480 bytes, 1 login",
     "06_one_limit.py": "40 tiles, limit kept",
+    "on_dask.py": "20 tiles, mean 126.5, 1 login",
+    "on_ray.py": "20 tiles, mean 126.5, 1 login",
 }
+ON_CLUSTERS = {"on_dask.py": needs_dask, "on_ray.py": needs_ray}
 LONGEST = 50  # lines
 
 
@@ -28,7 +33,7 @@ def run_example(path: Path, env: dict[str, str], folder: Path) -> subprocess.Com
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAST_LINES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=ON_CLUSTERS.get(name, ())) for name in LAST_LINES])
 def test_an_example_prints_its_result(name: str, child_env: dict[str, str], tmp_path: Path) -> None:
     run = run_example(EXAMPLES / name, child_env, tmp_path)
     assert run.returncode == 0, run.stderr

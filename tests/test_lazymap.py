@@ -31,6 +31,7 @@ class HeldEngine:
     has_ended = False
     failure = None
     largest_batch: int | None = None
+    singles: int = 4
 
     def __init__(self, workers: int = 2, seconds_per_item: float = 1.0) -> None:
         self.workers = workers

@@ -16,6 +16,7 @@ from shpool.errors import (
     JournalError,
     JournalFullError,
     LoginError,
+    MissingExtraError,
     ShpoolError,
     TokenUnavailableError,
 )
@@ -93,7 +94,8 @@ def exit_code_of(error: ShpoolError | CommandError) -> ExitCode:
     """Return the exit code that goes with an error."""
     if isinstance(error, CommandError):
         return error.code
-    if isinstance(error, (InputError, ConfigError, JournalError)) and not isinstance(error, JournalFullError):
+    bad_usage = (InputError, ConfigError, JournalError, MissingExtraError)
+    if isinstance(error, bad_usage) and not isinstance(error, JournalFullError):
         return ExitCode.USAGE
     if isinstance(error, (LoginError, TokenUnavailableError)):
         return ExitCode.LOGIN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from shpool_cli.inputs import Format
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from shpool.engines.base import EngineDescription
     from shpool.gate import Gate
 
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([smhd]?)")
@@ -132,6 +134,40 @@ def check_journal(  # noqa: PLR0913 - each is an option
             raise typer.BadParameter(msg)
 
 
+class EngineName(str, enum.Enum):
+    """Where jobs run."""
+
+    LOKY = "loky"
+    DASK = "dask"
+    RAY = "ray"
+
+
+def engine_of(name: EngineName, address: str | None) -> str | EngineDescription:
+    """Return what a pool is told of where to run.
+
+    Raises:
+        typer.BadParameter: There is an address, and no cluster that could have it.
+    """
+    if address is None:
+        return name.value
+    if name is EngineName.LOKY:
+        msg = "--address goes with --engine dask or --engine ray"
+        raise typer.BadParameter(msg)
+    from shpool import DaskEngine, RayEngine
+
+    return DaskEngine(address) if name is EngineName.DASK else RayEngine(address)
+
+
+EngineOption = Annotated[
+    EngineName,
+    typer.Option("--engine", help="Where jobs run: on this machine, or on a cluster, started here without --address."),
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--address", help="The cluster's: tcp://host:8786 of a Dask scheduler, host:6379 of a Ray.", show_default=False
+    ),
+]
 WorkersOption = Annotated[
     int | None,
     typer.Option(
@@ -139,8 +175,8 @@ WorkersOption = Annotated[
         "-w",
         parser=at_least(1),
         metavar="INTEGER",
-        help="Worker processes, at least 1.",
-        show_default="one per processor",
+        help="Worker processes, at least 1; on a cluster, the most jobs to run at once.",
+        show_default="one per processor, or all of the cluster",
     ),
 ]
 HaltOption = Annotated[

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from shpool.engines.base import EngineDescription
     from shpool.halting import HaltPolicy
     from shpool.jobs import Job
     from shpool.shell import ShellCall
@@ -33,6 +34,7 @@ class Order:
     output: Path | None
     ordered: bool
     workers: int | None
+    engine: str | EngineDescription
     retries: int
     timeout: float | None
     halt: HaltPolicy

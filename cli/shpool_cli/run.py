@@ -17,7 +17,10 @@ from shpool_cli.credentials import (
 )
 from shpool_cli.ending import say_how_to_go_on, see_through
 from shpool_cli.options import (
+    AddressOption,
     ConnectionsOption,
+    EngineName,
+    EngineOption,
     FormatOption,
     FreshOption,
     GateOption,
@@ -36,6 +39,7 @@ from shpool_cli.options import (
     at_least,
     check_journal,
     duration,
+    engine_of,
 )
 from shpool_cli.order import Order
 from shpool_cli.runner import carry_out
@@ -63,6 +67,8 @@ def run(  # noqa: PLR0913 - options of a command line
         ),
     ] = None,
     workers: WorkersOption = None,
+    engine: EngineOption = EngineName.LOKY,
+    address: AddressOption = None,
     retries: Annotated[
         int,
         typer.Option(
@@ -132,6 +138,9 @@ def run(  # noqa: PLR0913 - options of a command line
     With --journal, jobs are known by their content, not by their line: run the same command again after an
     interruption, a crash, or a change of INPUT, and only what is not done runs. Equal lines run once.
 
+    With --engine dask or ray, jobs run on a cluster that has shpool and TARGET: a file at the same path, a module
+    installed or on the import path. Only this process logs in.
+
     ^C lets running jobs end for half a second; a second ^C ends at once.
 
     Exit codes: 0 all done, or as many as --limit allows, 1 some jobs failed or were not reached, 2 bad usage or
@@ -147,6 +156,7 @@ def run(  # noqa: PLR0913 - options of a command line
         output=output,
         ordered=ordered,
         workers=workers,
+        engine=engine_of(engine, address),
         retries=retries,
         timeout=timeout,
         halt=halt,

@@ -146,7 +146,7 @@ def _run_jobs(work: Work, session: OAuthSession, ends: _Ends, summary: Summary) 
     def opened() -> AuthenticatedProcessPool:
         gate = order.gate.make()
         stack.callback(gate.close)
-        return stack.enter_context(AuthenticatedProcessPool(session, max_workers=order.workers, gate=gate))
+        return stack.enter_context(AuthenticatedProcessPool(session, order.workers, engine=order.engine, gate=gate))
 
     def conclude() -> None:
         """Count once the pool has ended: its last login is in it then."""

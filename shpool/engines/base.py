@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from shpool.channels import TokenChannel
+    from shpool.engines.setup import WorkerSetup
     from shpool.errors import WorkerLostError
 
 NO_RETRIES = RetryPolicy()
@@ -87,6 +88,23 @@ class Tally:
     workers_lost: int = 0
 
 
+class EngineDescription(Protocol):
+    """Says where tasks are to run; cheap to make, and no engine yet."""
+
+    @property
+    def name(self) -> str:
+        """What the pool's ``repr`` calls it."""
+
+    def build(self, workers: int | None, setup: WorkerSetup, blanked: Callable[[], Sequence[str]]) -> Engine:
+        """Return the engine.
+
+        Args:
+            workers: Most tasks to run at once; None for as many as there is room for.
+            setup: How each worker begins.
+            blanked: Returns the environment variables that worker processes started here must not inherit.
+        """
+
+
 class Engine(Protocol):
     """Runs tasks.
 
@@ -113,6 +131,10 @@ class Engine(Protocol):
     @property
     def largest_batch(self) -> int | None:
         """Most calls a batch may hold; None for as many as one likes."""
+
+    @property
+    def singles(self) -> int:
+        """How many calls a worker should have under way where each is a message, before it proves to be too few."""
 
     @property
     def has_ended(self) -> bool:

@@ -16,25 +16,27 @@ import threading
 import time
 import weakref
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from shpool.board import anonymous_board
 from shpool.channels import BoardChannel
 from shpool.engines.dispatch import STUCK_AFTER, Dispatch
 from shpool.engines.launcher import Launcher
 from shpool.engines.ledger import Ledger
-from shpool.engines.member import Flight, Member, PackedFunction
+from shpool.engines.member import Flight, Member
+from shpool.engines.packing import pack_arguments, pack_function
 from shpool.engines.serve import Kind, dump_setup
 from shpool.engines.setup import WorkerSetup
 from shpool.errors import InitializerError, TaskTerminatedError, TaskTimeoutError, UnpicklableError, WorkerLostError
 from shpool.logs import deliver
-from shpool.worker import dump, load, load_error, shortened
+from shpool.worker import load, load_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from shpool.channels import TokenChannel
     from shpool.engines.base import Tally, Task
+    from shpool.engines.member import PackedFunction
     from shpool.engines.serve import Message
     from shpool.gate import Gate
 
@@ -53,6 +55,8 @@ class Crew:
         blanked: Returns the environment variables they must not inherit; asked at each launch.
         gate: What they all go through; None for a gate of its own in each.
     """
+
+    singles = 4
 
     def __init__(
         self,
@@ -139,25 +143,16 @@ class Crew:
             UnpicklableError: It cannot be pickled.
         """
         self._imports.wait()  # before there is a task: with the main thread at its end they would fail
-        try:
-            pickled = dump(fn)
-        except Exception as exc:
-            raise UnpicklableError("function", shortened(fn), f"{type(exc).__name__}: {exc}") from exc  # noqa: EM101 - a field
-        import hashlib  # here: the workers need not wait for it to be loaded
-
-        return PackedFunction(hashlib.blake2b(pickled, digest_size=16).digest(), pickled)
+        return pack_function(fn)
 
     def submit(self, task: Task, future: Future[Any] | None = None) -> Future[Any]:
         """Send a task to an idle worker, or queue it."""
         future = Future() if future is None else future
-        kind, content = Kind.CALL, cast("object", (task.args, task.kwargs))
-        if task.batch:
-            kind, content = (Kind.BATCH_STAR if task.star else Kind.BATCH), task.args
         try:
-            payload = dump(content)
-        except Exception as exc:  # noqa: BLE001 - border: pickling runs the arguments' own code
+            kind, payload = pack_arguments(task)
+        except UnpicklableError as exc:
             future.set_running_or_notify_cancel()
-            future.set_exception(UnpicklableError("arguments", shortened(content), f"{type(exc).__name__}: {exc}"))
+            future.set_exception(exc)
             return future
         flight = Flight(task, next(self._numbers), task.fn, kind, payload, future)
         future._shpool_engine = self  # type: ignore[attr-defined]  # noqa: SLF001 - so that terminate() knows its own

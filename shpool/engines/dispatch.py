@@ -44,6 +44,15 @@ class Dispatch:
         """When the next delayed flight is due, by ``time.monotonic``."""
         return self._delayed[0][0] if self._delayed else None
 
+    @property
+    def head(self) -> Flight | None:
+        """The flight that is next."""
+        return self._queue[0] if self._queue else None
+
+    def take_head(self) -> Flight:
+        """Take out the flight that is next."""
+        return self._queue.popleft()
+
     def add(self, flight: Flight) -> None:
         """Queue a flight behind the others."""
         self._queue.append(flight)

@@ -40,6 +40,7 @@ class Inline:
     backlog = 0
     largest_batch = None
     failure = None
+    singles = 4
 
     def __init__(self, setup: WorkerSetup | None = None, *, gate: AccountGate | None = None) -> None:
         self._setup = setup or WorkerSetup()

@@ -410,11 +410,11 @@ def _run(
         if isinstance(fn, bytes):
             fn = functions[message.key] = load(fn)
     except BaseException as exc:  # noqa: BLE001 - border: unpickling imports the user's modules
-        return False, _unreadable("function", exc), begun
+        return False, unreadable("function", exc), begun
     try:
         args = load(message.payload)
     except BaseException as exc:  # noqa: BLE001 - border: unpickling runs the arguments' own code
-        return False, _unreadable("arguments", exc), begun
+        return False, unreadable("arguments", exc), begun
     if message.kind == Kind.CALL:
         return *call(fn, *args), begun
     return _run_batch(fn, args, message, lifeline, begun)
@@ -442,7 +442,8 @@ def _run_batch(
             results, errors, begun = [], {}, now
 
 
-def _unreadable(what: str, error: BaseException) -> bytes:
+def unreadable(what: str, error: BaseException) -> bytes:
+    """Pickle the error that what the parent sent could not be unpickled."""
     reason = f"it cannot be unpickled in the worker: {type(error).__name__}: {error}"
     return dump_error(UnpicklableError(what, "what the parent sent", reason).with_traceback(error.__traceback__))
 

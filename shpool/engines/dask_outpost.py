@@ -1,0 +1,107 @@
+"""The worker's side of the Dask engine: a plugin that opens the pool's outpost, and what the client has run there.
+
+The plugin's pickled form lies in the scheduler for workers that come later, so it holds no token: each outpost asks for
+one by an event, and the client brings it by ``Client.run``, which is stored nowhere. Events do stay in the scheduler's
+memory: there is nothing in them but numbers and addresses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+from distributed import WorkerPlugin, get_worker
+
+from shpool.engines.outpost import Outpost, TokenCell, close_outpost, open_outpost, outpost_of
+from shpool.errors import ClusterError
+from shpool.tokens import boot_time
+
+if TYPE_CHECKING:
+    from distributed import Nanny, Scheduler, Worker
+
+    from shpool.engines.outpost import Call, Parcel
+
+
+def topic_of(pool: str) -> str:
+    """Return the topic of a pool's events, which is its plugin's name too."""
+    return f"shpool-{pool}"
+
+
+class OutpostPlugin(WorkerPlugin):
+    """Open a pool's outpost in each worker, those to come included, and close it at the end of either.
+
+    Args:
+        pool: The pool's id.
+        setup: Its pickled ``WorkerSetup``.
+    """
+
+    def __init__(self, pool: str, setup: bytes) -> None:
+        self.pool = pool
+        self._setup = setup
+
+    def setup(self, worker: Worker) -> None:
+        """Open the outpost, and tell the client of it."""
+        topic, address = topic_of(self.pool), worker.address
+
+        def ask(clock: float) -> None:
+            worker.log_event(topic, {"ask": address, "clock": clock})
+
+        def report(generation: int) -> None:
+            worker.log_event(topic, {"refused": generation})
+
+        open_outpost(Outpost(self.pool, self._setup, TokenCell(ask), report))
+        worker.log_event(topic, description_of(worker))
+
+    def teardown(self, worker: Worker) -> None:  # noqa: ARG002 - dask's signature
+        """Close the outpost."""
+        close_outpost(self.pool)
+
+
+def description_of(worker: Worker) -> dict[str, Any]:
+    """Return what the client must know of a worker."""
+    return {
+        "hello": worker.address,
+        "clock": boot_time(),
+        "threads": worker.state.nthreads,
+        "pid": os.getpid(),
+        "has_nanny": worker.nanny is not None,
+    }
+
+
+def describe(dask_worker: Worker) -> dict[str, Any]:
+    """Return the same, for ``Client.run``."""
+    return description_of(dask_worker)
+
+
+def run_call(call: Call) -> bytes:
+    """Run a call, as a Dask task."""
+    outpost = outpost_of(call.pool)
+    if outpost is None:
+        where, reason = "dask", "the pool's plugin is not on the worker"
+        raise ClusterError(where, reason)
+    if not call.is_timed:
+        return outpost.run(call)
+    worker, topic = get_worker(), topic_of(call.pool)
+    return outpost.run(call, lambda number: worker.log_event(topic, {"begun": number}))
+
+
+def take_parcel(pool: str, parcel: Parcel) -> None:
+    """Put a parcel into the outpost's cell; it may have been closed meanwhile."""
+    outpost = outpost_of(pool)
+    if outpost is not None:
+        outpost.cell.take(parcel)
+
+
+def kill_worker(dask_worker: Nanny) -> None:
+    """Kill the worker of a nanny, which then starts another."""
+    pid = dask_worker.pid
+    if pid:
+        os.kill(pid, signal.SIGKILL)
+
+
+def forget_topic(topic: str, dask_scheduler: Scheduler) -> None:
+    """Forget a topic with its events and subscribers; distributed has no public way to do so."""
+    with contextlib.suppress(AttributeError):
+        dask_scheduler._broker._topics.pop(topic, None)  # noqa: SLF001 - as said

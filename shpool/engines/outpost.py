@@ -1,0 +1,394 @@
+"""What a pool has in a worker process of a cluster: the token, a session on it, functions, and the calls it runs.
+
+The process belongs to the cluster: it was there before the pool and will be after it, it may run tasks of others, also
+of other pools, and several at once in threads. So nothing here is the process's own: an outpost is found by its pool's
+random id, ``current_session()`` is the call's, and closing undoes what opening did.
+
+How the token travels:
+
+ 1. The parent seals it into a ``Parcel`` with a number; a cell takes no parcel older than the one it holds.
+ 2. A parcel tells how long the token lives, not until when: another host has another boot clock. The time counts from
+    the arrival, or, once the outpost has asked and the answer says which question it answers, from the question: what
+    the network took then shortens the token's life here, and never lengthens it.
+ 3. Nothing that holds a token shows it: not in a repr, hence not in a cluster's logs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import pickle
+import threading
+import time
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from shpool.board import CLOSED
+from shpool.engines.serve import Kind, unreadable
+from shpool.logs import RelayHandler
+from shpool.shared import SharedSession, adopt_session, is_session_here, leave_session, take_session
+from shpool.tokens import SYSTEM_CLOCK, Posting, boot_time
+from shpool.worker import call, call_each, dump_each, dump_error, load
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from shpool.engines.setup import WorkerSetup
+
+_MOST_FUNCTIONS = 128  # an outpost keeps at a time
+_MOST_RECORDS = 1000  # log records that an answer carries
+_ASK_PAUSE = 0.5  # s between two questions for a token
+
+
+@dataclass(frozen=True, repr=False)
+class Parcel:
+    """A posting on its way to another host.
+
+    Attributes:
+        number: Of the posting, from 1.
+        payload: The posting as bytes; empty once sharing has ended.
+        remaining: Seconds the token had when it was sealed.
+        sealed: When that was, by the sender's boot clock.
+        asked: When the receiver asked for it, by its own boot clock; None for one that comes unasked.
+    """
+
+    number: int
+    payload: bytes
+    remaining: float
+    sealed: float
+    asked: float | None = None
+
+    @classmethod
+    def of(cls, posting: Posting, number: int) -> Parcel:
+        """Seal a posting."""
+        now = SYSTEM_CLOCK.now()
+        remaining = 0.0 if posting.token is None else posting.token.remaining(now)
+        return cls(number, posting.to_bytes(), remaining, now.boot)
+
+    def resealed(self, asked: float | None = None) -> Parcel:
+        """Return the same for another departure, from the process that sealed it: time has passed."""
+        now = boot_time()
+        return replace(self, remaining=self.remaining - (now - self.sealed), sealed=now, asked=asked)
+
+    def __repr__(self) -> str:
+        return f"<Parcel {self.number}>"
+
+
+class TokenCell:
+    """A token in the memory of a process far from the parent: a ``TokenReader`` that parcels are put into.
+
+    Args:
+        ask: Asks the parent for a parcel, given this host's boot clock; must not wait for it.
+    """
+
+    def __init__(self, ask: Callable[[float], object] = lambda _: None) -> None:
+        self._ask = ask
+        self._lock = threading.Lock()  # guards what follows
+        self.version_word = [0]
+        self._payload = b""
+        self._deadline = math.inf
+        self._offset = -math.inf  # this host's boot clock less the parent's, at least
+        self._asked = -math.inf
+
+    def take(self, parcel: Parcel) -> None:
+        """Put a parcel in, unless a newer one is there."""
+        with self._lock:
+            here = boot_time()
+            if parcel.asked is not None:
+                self._offset = max(self._offset, parcel.asked - parcel.sealed)
+            if self._offset > -math.inf:
+                here = min(here, parcel.sealed + self._offset)
+            if not self.version_word[0] <= parcel.number < CLOSED:
+                return
+            posting = Posting.from_bytes(parcel.payload)
+            if posting.token is not None:
+                posting = replace(posting, token=replace(posting.token, deadline=here + parcel.remaining))
+            self._deadline = math.inf if posting.token is None else posting.token.deadline
+            self._payload = posting.to_bytes()
+            self.version_word[0] = parcel.number
+
+    def read(self) -> tuple[int, bytes]:
+        """Return the newest parcel's number and posting; asks for another where this one is of no use."""
+        with self._lock:
+            version, payload, now = self.version_word[0], self._payload, boot_time()
+            is_wanted = version != CLOSED and (not version or now >= self._deadline) and now - self._asked > _ASK_PAUSE
+            if is_wanted:
+                self._asked = now
+        if is_wanted:
+            self._ask(now)
+        return version, payload
+
+    def close(self) -> None:
+        """Tell readers that sharing has ended, and forget the token."""
+        with self._lock:
+            self.version_word[0], self._payload = CLOSED, b""
+
+
+class Call:
+    """A call, or a batch of them, as it travels: sealed, so that no cluster looks into it or prints its arguments.
+
+    Attributes:
+        pool: Id of the pool.
+        number: Of the launch; a further attempt has another.
+        kind: CALL, BATCH or BATCH_STAR.
+        key: The function's digest.
+        function: The pickled function; empty where the worker is thought to have it.
+        payload: The pickled arguments.
+        is_timed: The worker is to tell when it begins.
+    """
+
+    __slots__ = ("function", "is_timed", "key", "kind", "number", "payload", "pool")
+
+    def __init__(  # noqa: PLR0913, PLR0917 - a record
+        self,
+        pool: str,
+        number: int,
+        kind: int,
+        key: bytes,
+        function: bytes,
+        payload: bytes,
+        is_timed: bool,  # noqa: FBT001 - as above
+    ) -> None:
+        self.pool = pool
+        self.number = number
+        self.kind = kind
+        self.key = key
+        self.function = function
+        self.payload = payload
+        self.is_timed = is_timed
+
+    def __reduce__(self) -> tuple[object, ...]:
+        fields = (self.pool, self.number, self.kind, self.key, self.function, self.payload, self.is_timed)
+        return Call, fields
+
+    def __repr__(self) -> str:
+        return f"<Call {self.number}>"
+
+
+class Answer(NamedTuple):
+    """What became of a call.
+
+    Attributes:
+        kind: RESULT, ERROR, UNFIT (the initializer failed) or FUNCTION (the worker lacks it).
+        seconds: Time the call took.
+        pid: The worker's process id.
+        payload: The pickled result or error.
+        records: Log records, packed.
+    """
+
+    kind: int
+    seconds: float
+    pid: int
+    payload: bytes = b""
+    records: tuple[bytes, ...] = ()
+
+    def to_bytes(self) -> bytes:
+        """Return the answer as it travels."""
+        return pickle.dumps(tuple(self), protocol=5)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Answer:
+        """Read what ``to_bytes`` wrote."""
+        return cls(*pickle.loads(data))
+
+
+class Outpost:
+    """One pool in one worker process.
+
+    Args:
+        pool: The pool's id.
+        pickled_setup: Its ``WorkerSetup``, as ``dump_setup`` pickled it.
+        cell: What the session reads; whoever brings parcels puts them there.
+        report: Tells the parent that a server refused a generation; called in any thread, must not wait.
+
+    Attributes:
+        openings: How many workers of this process have it open.
+    """
+
+    def __init__(self, pool: str, pickled_setup: bytes, cell: TokenCell, report: Callable[[int], None]) -> None:
+        self.pool = pool
+        self.cell = cell
+        self.session = SharedSession(cell, report=report)
+        self.openings = 0
+        self._pickled_setup = pickled_setup
+        self._functions: dict[bytes, Callable[..., Any]] = {}
+        self._lock = threading.RLock()  # guards what follows, and is held while the initializer runs
+        self._is_begun = False
+        self._unfit = b""  # the pickled error of the initializer
+        self._former_env: dict[str, str | None] = {}
+        self._handler: _RecordsOfCalls | None = None
+
+    def run(self, call: Call, begun: Callable[[int], object] = lambda _: None) -> bytes:
+        """Run a call in this thread; return the answer.
+
+        Args:
+            call: The call.
+            begun: Told the call's number right before the function begins, if the call is timed.
+        """
+        records: list[bytes] = []
+        with self._entered(records):
+            if not self._is_begun:
+                self._begin()
+            if self._unfit:
+                return Answer(Kind.UNFIT, 0.0, os.getpid(), self._unfit).to_bytes()
+            if not call.function and call.key not in self._functions:
+                return Answer(Kind.FUNCTION, 0.0, os.getpid()).to_bytes()
+            if call.is_timed:
+                begun(call.number)
+            since = time.perf_counter()
+            done, payload = self._outcome(call)
+            seconds = time.perf_counter() - since
+        kind = Kind.RESULT if done else Kind.ERROR
+        return Answer(kind, seconds, os.getpid(), payload, tuple(records)).to_bytes()
+
+    def close(self) -> None:
+        """Forget the token, and leave the process as it was found."""
+        self.cell.close()
+        self.session.forget()
+        with self._lock:
+            _restore(self._former_env)
+            if self._handler is not None:
+                self._handler.detach()
+            self._functions.clear()
+
+    @contextlib.contextmanager
+    def _entered(self, records: list[bytes]) -> Iterator[None]:
+        former, collected = take_session(self.session), _records.set(records)
+        try:
+            yield
+        finally:
+            _records.reset(collected)
+            leave_session(former)
+
+    def _begin(self) -> None:
+        """Make the outpost what the ``WorkerSetup`` says; the first call does, others wait for that."""
+        with self._lock:
+            if self._is_begun:
+                return
+            try:
+                setup: WorkerSetup = load(self._pickled_setup)
+                self._former_env = _apply(setup.env)
+                if setup.log_level is not None:
+                    self._handler = _RecordsOfCalls(setup.log_level, self.session)
+                if setup.initializer is not None:
+                    setup.initializer(*setup.initargs)
+            except BaseException as exc:  # noqa: BLE001 - border: the initializer is the user's
+                self._unfit = dump_error(exc)
+            self._is_begun = True
+
+    def _outcome(self, sealed: Call) -> tuple[bool, bytes]:
+        try:
+            fn = self._function_of(sealed)
+        except BaseException as exc:  # noqa: BLE001 - border: unpickling imports the user's modules
+            return False, unreadable("function", exc)
+        try:
+            args = load(sealed.payload)
+        except BaseException as exc:  # noqa: BLE001 - border: unpickling runs the arguments' own code
+            return False, unreadable("arguments", exc)
+        if sealed.kind == Kind.CALL:
+            return call(fn, *args)
+        return True, dump_each(*call_each(fn, args, star=sealed.kind == Kind.BATCH_STAR))
+
+    def _function_of(self, sealed: Call) -> Callable[..., Any]:
+        fn = self._functions.get(sealed.key)
+        if fn is None:
+            fn = load(sealed.function)
+            if len(self._functions) >= _MOST_FUNCTIONS:  # closures made in a loop must not pile up here
+                self._functions.clear()
+            self._functions[sealed.key] = fn
+        return fn
+
+
+def open_outpost(outpost: Outpost) -> Outpost:
+    """Put an outpost where calls find it; return the one of its pool, where another worker of this process has one."""
+    with _registry:
+        found = _outposts.setdefault(outpost.pool, outpost)
+        found.openings += 1
+        _adopt_the_only_one()
+    return found
+
+
+def outpost_of(pool: str) -> Outpost | None:
+    """Return the outpost of a pool in this process."""
+    return _outposts.get(pool)
+
+
+def close_outpost(pool: str) -> None:
+    """Close the outpost of a pool, if it has one here, once that was asked for as often as it was opened."""
+    with _registry:
+        outpost = _outposts.get(pool)
+        if outpost is None:
+            return
+        outpost.openings -= 1
+        if outpost.openings:
+            return
+        del _outposts[pool]
+        _adopt_the_only_one()
+    outpost.close()
+
+
+def note_home(pool: str) -> None:
+    """Take note that this process is the pool's parent, whose threads do not get the session by themselves."""
+    _homes.add(pool)
+
+
+def _adopt_the_only_one() -> None:
+    """Let threads that tasks start have the session too, as long as there is no doubt about which."""
+    global _adopted  # noqa: PLW0603 - one for the process, as its registry is
+    guests = [outpost.session for pool, outpost in _outposts.items() if pool not in _homes]
+    wanted = guests[0] if len(guests) == len(_outposts) == 1 else None
+    if wanted is not _adopted:
+        adopt_session(wanted)
+        _adopted = wanted
+
+
+class _RecordsOfCalls(RelayHandler):
+    """Add what a call logs to its answer. The process's root logger lets pass what the most curious pool wants."""
+
+    def __init__(self, level: int, session: SharedSession) -> None:
+        super().__init__(_collect, session.known_secrets)
+        self.setLevel(level)
+        self._session = session
+        root = logging.getLogger()
+        self._former_level = root.level
+        root.setLevel(min(level, root.level))
+        root.addHandler(self)
+
+    def filter(self, record: logging.LogRecord) -> Any:  # noqa: ANN401 - as in logging, where it has changed
+        return is_session_here(self._session) and super().filter(record)
+
+    def detach(self) -> None:
+        root = logging.getLogger()
+        root.removeHandler(self)
+        root.setLevel(self._former_level)
+
+
+def _collect(record: bytes) -> None:
+    records = _records.get()
+    if len(records) < _MOST_RECORDS:
+        records.append(record)
+
+
+def _apply(env: Mapping[str, str]) -> dict[str, str | None]:
+    """Set environment variables; return what they were."""
+    former = {name: os.environ.get(name) for name in env}
+    os.environ.update(env)
+    return former
+
+
+def _restore(former: dict[str, str | None]) -> None:
+    for name, value in former.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+_registry = threading.Lock()  # guards the three that follow
+_outposts: dict[str, Outpost] = {}
+_homes: set[str] = set()
+_adopted: SharedSession | None = None
+_records: ContextVar[list[bytes]] = ContextVar("records")

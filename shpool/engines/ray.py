@@ -1,0 +1,62 @@
+"""Where on Ray tasks run: a description, which costs nothing until a pool starts with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from shpool.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from shpool.engines.base import Engine
+    from shpool.engines.setup import WorkerSetup
+
+
+@dataclass(frozen=True)
+class RayEngine:
+    """Where on Ray tasks run.
+
+    Args:
+        address: Of the cluster's head, such as ``10.0.0.5:6379``, for a program on one of its nodes; ``auto`` for the
+            one that runs on this machine. None for the one this process is connected to, or that ``RAY_ADDRESS``
+            names, else a Ray of our own on this machine.
+        num_cpus: Processors a task takes, as Ray counts them.
+
+    Raises:
+        ValueError: ``num_cpus`` is not more than 0, or the address is one of Ray Client, which starts with ``ray://``.
+    """
+
+    address: str | None = None
+    num_cpus: float = 1.0
+    name: ClassVar[str] = "ray"
+
+    def __post_init__(self) -> None:
+        if not self.num_cpus > 0:
+            msg = f"num_cpus must be more than 0, not {self.num_cpus!r}"
+            raise ValueError(msg)
+        if self.address is not None and self.address.startswith("ray://"):
+            msg = (
+                f"{self.address} is an address of Ray Client; run this on a node of the cluster, or by: ray job submit"
+            )
+            raise ValueError(msg)
+
+    def build(self, workers: int | None, setup: WorkerSetup, blanked: Callable[[], Sequence[str]] = tuple) -> Engine:
+        """Return an engine that is not connected yet.
+
+        Args:
+            workers: Most tasks to run at once; None for as many as the cluster has processors for.
+            setup: How each outpost begins.
+            blanked: Returns the environment variables that no worker may inherit; for a Ray of our own.
+
+        Raises:
+            MissingExtraError: ``ray`` is not installed.
+        """
+        try:
+            from shpool.engines.ray_cluster import RayCluster
+        except ModuleNotFoundError as exc:
+            raise MissingExtraError(exc.name or "ray", "ray") from exc
+        from shpool.engines.remote import RemoteEngine
+
+        return RemoteEngine(RayCluster(self, workers, setup.max_tasks, blanked), setup, workers)

@@ -1,0 +1,443 @@
+"""Strain a pool on a real cluster: short-lived tokens, workers that come and are killed, revocation, canaries.
+
+Run `python tests/stress_cluster.py dask` or `... ray`; it prints what was counted and exits with 1 if a promise was
+broken. With `--namespaces`, as root: two Dask workers in network namespaces of their own, each with its own /dev/shm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
+
+import psutil
+from cluster_fixtures import DaskProcesses
+from patience import until
+from pool_tasks import access_token
+from ray_fixture import SecondNode
+
+from shpool import AuthenticatedProcessPool, DaskEngine, OAuthSession, RayEngine, current_session
+from shpool.testing import LoopbackServer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from typing_extensions import Self
+
+    from shpool.engines.base import EngineDescription
+
+TASK_SECONDS = 0.2
+LIFETIME = 3.0  # s of a token
+
+
+class Machines(Protocol):
+    """A cluster to be strained."""
+
+    engine: EngineDescription
+
+    def add_worker(self) -> object:
+        """Start one more."""
+
+    def processes(self) -> list[psutil.Process]:
+        """Return all of its processes."""
+
+    def files(self) -> list[Path]:
+        """Return the folders it writes to."""
+
+    def holdings(self) -> bytes:
+        """Return, pickled or as text, what it holds of tasks and of what was sent with them."""
+
+
+class DaskMachines:
+    """Two workers of Dask."""
+
+    def __init__(self, running: DaskProcesses) -> None:
+        self._running = running
+        self.engine: EngineDescription = DaskEngine(running.address)
+
+    def add_worker(self) -> object:
+        return self._running.add_worker()
+
+    def processes(self) -> list[psutil.Process]:
+        roots = [psutil.Process(pid) for pid in self._running.pids]
+        return roots + [child for root in roots for child in root.children(recursive=True)]
+
+    def files(self) -> list[Path]:
+        return [self._running.folder]
+
+    def holdings(self) -> bytes:
+        from distributed import Client
+
+        with Client(self._running.address, set_as_default=False) as client:
+            return pickle.dumps([client.run_on_scheduler(all_of_scheduler), client.run(all_of_worker)])
+
+
+class RayMachines:
+    """A Ray with two processors."""
+
+    def __init__(self) -> None:
+        from shpool.engines.ray_local import LocalRay
+
+        os.environ["RAY_AUTH_MODE"] = "disabled"  # else a parent finds Ray's token only where it is told auto
+        self._node = LocalRay(2, ())
+        self._others: list[SecondNode] = []
+        self.engine: EngineDescription = RayEngine(self._node.address)
+
+    def add_worker(self) -> object:
+        self._others.append(SecondNode(self._node.address))
+        return None  # it joins when it likes
+
+    def processes(self) -> list[psutil.Process]:
+        root = psutil.Process(self._node.pid)
+        return [root, *root.children(recursive=True)]
+
+    def files(self) -> list[Path]:
+        return [Path(self._node.folder)]
+
+    def holdings(self) -> bytes:
+        return b""  # all that lasts is in the files
+
+    def close(self) -> None:
+        for node in self._others:
+            node.close()
+        self._node.close()
+
+
+def all_of_scheduler(dask_scheduler: Any) -> list[str]:
+    plugins = [repr(value) for value in dask_scheduler.worker_plugins.values()]
+    tasks = [
+        repr((task, task.run_spec, vars(task.run_spec) if task.run_spec else "")) for task in _tasks(dask_scheduler)
+    ]
+    events = [repr(topic.events) for topic in dask_scheduler._broker._topics.values()]
+    return plugins + tasks + events + [repr(list(dask_scheduler.transition_log))]
+
+
+def all_of_worker(dask_worker: Any) -> list[str]:
+    state = dask_worker.state
+    tasks = [repr((task, task.run_spec)) for task in state.tasks.values()]
+    return [*tasks, repr(list(dask_worker.data.items())), repr(list(state.log)), repr(list(dask_worker.logs))]
+
+
+def _tasks(scheduler: Any) -> list[Any]:
+    return list(scheduler.tasks.values())
+
+
+def ask(url: str) -> tuple[int, int]:
+    """Ask a data URL for a while; return how often in vain, and in which process."""
+    session = current_session().http
+    failed = 0
+    give_up = time.monotonic() + TASK_SECONDS
+    while time.monotonic() < give_up:
+        failed += session.get(url).status_code != 200
+    return failed, os.getpid()
+
+
+def session_of(server: LoopbackServer) -> OAuthSession:
+    return OAuthSession(server.token_url, server.client_id, server.client_secret)
+
+
+@dataclass
+class Tally:
+    """What a soak counted."""
+
+    results: int = 0
+    failed: int = 0
+    logins: int = 0
+    refused: int = 0
+    lost: int = 0
+    seconds: float = 0.0
+
+
+def soak(engine: str | EngineDescription, seconds: float, disturb: Callable[[float, int], None]) -> Tally:
+    """Let two workers ask without pause while tokens come and go."""
+    count, tally = int(seconds / TASK_SECONDS) * 2, Tally()
+    with LoopbackServer() as server:
+        with AuthenticatedProcessPool(session_of(server), 2, engine=engine, retries=2) as pool:
+            server.lifetime = LIFETIME
+            server.revoke_all()
+            began = time.monotonic()
+            for failed, worker in pool.map_unordered(
+                ask, (server.data_url(n, 1000) for n in range(count)), chunksize=1
+            ):
+                tally.results += 1
+                tally.failed += failed
+                disturb(tally.results / count, worker)
+            tally.seconds = time.monotonic() - began
+            tally.lost = pool.stats().workers_lost
+        tally.logins, tally.refused = server.logins, server.unauthorized
+    print(f"  {tally}")
+    assert tally.results == count, "results are missing"
+    assert tally.failed == 0, "a 401 was not recovered from"
+    return tally
+
+
+def disturber(machines: Machines) -> Callable[[float, int], None]:
+    """Return what adds a worker at a third of the way and kills one at two thirds."""
+    pending: list[tuple[float, Callable[[int], None]]] = [
+        (1 / 3, lambda _: threading.Thread(target=machines.add_worker).start()),
+        (2 / 3, lambda worker: os.kill(worker, signal.SIGKILL)),
+    ]
+
+    def disturb(share: float, worker: int) -> None:
+        if pending and share >= pending[0][0]:
+            pending.pop(0)[1](worker)
+
+    return disturb
+
+
+def check_soak(machines: Machines, seconds: float) -> None:
+    """3-second tokens, a worker added in the middle, one killed: all results, as many logins as on loky."""
+    print(f"soak of {seconds:.0f} s, tokens of {LIFETIME:g} s, one worker added, one killed")
+    there = soak(machines.engine, seconds, disturber(machines))
+    here = soak("loky", seconds, lambda *_: None)
+    pace = (there.logins - 2) / there.seconds, (here.logins - 2) / here.seconds
+    print(f"  logins a second: {pace[0]:.2f}, on loky {pace[1]:.2f}")
+    assert there.lost >= 1
+    assert there.logins <= there.seconds / (LIFETIME * 0.8) + 4, "too many logins"
+
+
+def check_revocation(machines: Machines) -> None:
+    """All tokens revoked in mid-run: one more login."""
+    print("revocation in mid-run")
+    with LoopbackServer() as server, AuthenticatedProcessPool(session_of(server), 2, engine=machines.engine) as pool:
+        urls = [server.data_url(number, 1000) for number in range(20)]
+        failed = 0
+        for number, (vain, _) in enumerate(pool.map_unordered(ask, urls, chunksize=1)):
+            failed += vain
+            if number == 5:
+                server.revoke_all()
+        print(f"  logins {server.logins}, refused {server.unauthorized}, failed {failed}")
+        assert (server.logins, failed) == (2, 0)
+
+
+def check_canaries(machines: Machines) -> None:
+    """Neither secret nor token lies where it must not."""
+    print("canaries")
+    secret = "canary-secret-not-real-0815"
+    os.environ["SH_CLIENT_SECRET"] = secret
+    sent: list[bytes] = []
+    with LoopbackServer(client_secret=secret) as server:
+        pool = AuthenticatedProcessPool(session_of(server), 2, engine=machines.engine)
+        with pool:
+            cluster: Any = pool._engine._cluster  # type: ignore[union-attr]  # a remote engine's
+            launch = cluster.launch
+
+            def record(calls: Any) -> None:
+                sent.append(pickle.dumps(list(calls)))
+                launch(calls)
+
+            cluster.launch = record
+            futures = [pool.submit(access_token) for _ in range(20)]
+            tokens = {future.result() for future in futures}
+            futures.clear()
+            sent.append(pool._engine._setup)  # type: ignore[union-attr]  # as above
+            until(lambda: not pool.stats().tasks_pending)
+            holdings = machines.holdings()
+            environments = b"".join(_environment(process) for process in machines.processes())
+            places = {"sent tasks and plugin": b"".join(sent), "environments": environments, "state": holdings}
+            places["files"] = b"".join(_contents(machines.files()))
+    del os.environ["SH_CLIENT_SECRET"]
+    for name, content in places.items():
+        hits = [content.count(word.encode()) for word in (secret, *tokens)]
+        print(f"  {name}: {len(content)} bytes, secret {hits[0]} times, token {sum(hits[1:])} times")
+        assert not any(hits), f"a canary is in the {name}"
+
+
+def _environment(process: psutil.Process) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process.pid}/environ").read_bytes()
+    return b""
+
+
+def _contents(folders: list[Path]) -> Iterator[bytes]:
+    for folder in folders:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                with contextlib.suppress(OSError):
+                    yield path.read_bytes()
+
+
+# Names and addresses of this very process, lest two runs on one machine meet. Address 1 is the parent's.
+
+_BRIDGE = f"shp{os.getpid() % 100_000}n"
+_SUBNET = f"10.217.{os.getpid() % 250}"
+
+
+class Namespaces:
+    """Network namespaces whose workers reach nothing but the parent's addresses; gone at the end."""
+
+    def __init__(self, count: int) -> None:
+        self.names = [f"{_BRIDGE}{number}" for number in range(count)]
+        self.host = f"{_SUBNET}.1"
+        self._relays: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        try:
+            _ip("link", "add", _BRIDGE, "type", "bridge")
+            _ip("addr", "add", f"{self.host}/24", "dev", _BRIDGE)
+            _ip("link", "set", _BRIDGE, "up")
+            for number, name in enumerate(self.names):
+                _ip("netns", "add", name)
+                _ip("link", "add", f"{name}a", "type", "veth", "peer", "name", f"{name}b", "netns", name)
+                _ip("link", "set", f"{name}a", "master", _BRIDGE, "up")
+                for words in (
+                    ("addr", "add", f"{_SUBNET}.{number + 2}/24", "dev", f"{name}b"),
+                    ("link", "set", f"{name}b", "up"),
+                    ("link", "set", "lo", "up"),
+                ):
+                    _ip("-n", name, *words)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for relay in self._relays:
+            relay.kill()
+            relay.wait()
+        for name in self.names:
+            subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
+            subprocess.run(["ip", "link", "del", f"{name}a"], check=False, stderr=subprocess.DEVNULL)
+        subprocess.run(["ip", "link", "del", _BRIDGE], check=False, stderr=subprocess.DEVNULL)
+
+    def prefix(self, name: str) -> list[str]:
+        """Return what starts a command in a namespace, with a /dev/shm of its own."""
+        mount = 'mount -t tmpfs tmpfs /dev/shm && exec "$@"'
+        return ["ip", "netns", "exec", name, "unshare", "--mount", "sh", "-c", mount, "sh"]
+
+    def bring(self, port: int) -> None:
+        """Let 127.0.0.1:port of each namespace be the parent's: the token goes in the clear to loopback only."""
+        outer = self._relay([], self.host, port, "127.0.0.1")
+        self._relays.append(outer)
+        self._relays += [
+            self._relay(["ip", "netns", "exec", name], "127.0.0.1", port, self.host) for name in self.names
+        ]
+
+    def _relay(self, prefix: list[str], host: str, port: int, target: str) -> subprocess.Popen[bytes]:
+        words = [*prefix, sys.executable, __file__, "relay", host, str(port), target]
+        relay = subprocess.Popen(words, stdout=subprocess.PIPE)
+        assert relay.stdout is not None
+        relay.stdout.readline()
+        relay.stdout.close()
+        return relay
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, stderr=subprocess.DEVNULL)
+
+
+def may_make_namespaces() -> str:
+    """Return why no namespaces can be made here; empty if they can."""
+    if os.geteuid() != 0:
+        return "only root may make network namespaces"
+    try:
+        with Namespaces(1):
+            return ""
+    except (OSError, subprocess.CalledProcessError) as exc:
+        return f"network namespaces cannot be made here: {exc}"
+
+
+def check_namespaces(seconds: float) -> None:
+    """Two workers that share no memory with the parent, nor with each other."""
+    print(f"two network namespaces, soak of {seconds:.0f} s")
+    with Namespaces(2) as spaces, DaskProcesses(0, host=spaces.host) as running, LoopbackServer() as server:
+        spaces.bring(urlsplit(server.base_url).port or 0)
+        for name in spaces.names:
+            running.add_worker("--host", _address_in(name), prefix=spaces.prefix(name))
+        with AuthenticatedProcessPool(session_of(server), engine=DaskEngine(running.address), retries=2) as pool:
+            server.lifetime = LIFETIME
+            server.revoke_all()
+            urls = (server.data_url(n, 1000) for n in range(int(seconds / TASK_SECONDS) * 2))
+            failed, places = 0, set()
+            for vain, place in pool.map_unordered(ask_and_tell_where, urls, chunksize=1):
+                failed += vain
+                places.add(place)
+        print(f"  failed {failed}, logins {server.logins}, (network, /dev/shm) of the workers: {sorted(places)}")
+        own = place_of_this_process()
+        assert failed == 0
+        assert len({network for network, _ in places} | {own[0]}) == 3
+        assert len({memory for _, memory in places} | {own[1]}) == 3
+
+
+def place_of_this_process() -> tuple[str, int]:
+    return str(Path("/proc/self/ns/net").readlink()), Path("/dev/shm").stat().st_dev
+
+
+def ask_and_tell_where(url: str) -> tuple[int, tuple[str, int]]:
+    return ask(url)[0], place_of_this_process()
+
+
+def _address_in(name: str) -> str:
+    return f"{_SUBNET}.{int(name.removeprefix(_BRIDGE)) + 2}"
+
+
+async def relay(host: str, port: int, target: str) -> None:
+    """Pass on connections, until killed."""
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner, outer = await asyncio.open_connection(target, port)
+        await asyncio.gather(pump(reader, outer), pump(inner, writer))
+
+    server = await asyncio.start_server(serve, host, port)
+    print("ready", flush=True)
+    await server.serve_forever()
+
+
+@contextlib.contextmanager
+def running_cluster(kind: str) -> Iterator[Machines]:
+    if kind == "ray":
+        machines = RayMachines()
+        try:
+            yield machines
+        finally:
+            machines.close()
+    else:
+        with DaskProcesses(2) as running:
+            yield DaskMachines(running)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cluster", choices=("dask", "ray"))
+    parser.add_argument("--seconds", type=float, default=20.0, help="length of the soak")
+    parser.add_argument(
+        "--namespaces", action="store_true", help="the soak across network namespaces, and nothing else"
+    )
+    options = parser.parse_args()
+    if options.namespaces:
+        reason = may_make_namespaces()
+        if reason:
+            print(f"skipped: {reason}")
+        else:
+            check_namespaces(options.seconds)
+        return 0
+    with running_cluster(options.cluster) as machines:
+        check_canaries(machines)
+        check_revocation(machines)
+        check_soak(machines, options.seconds)
+    print("all promises kept")
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "relay":
+        asyncio.run(relay(sys.argv[2], int(sys.argv[3]), sys.argv[4]))
+    sys.exit(main())
