@@ -52,7 +52,11 @@ class RayEngine:
 
         Raises:
             MissingExtraError: ``ray`` is not installed.
+            ValueError: A limit is set that Ray's workers do not know.
         """
+        if setup.max_memory is not None:
+            msg = "max_worker_memory is not Ray's; max_tasks_per_worker is, or see RAY_memory_usage_threshold"
+            raise ValueError(msg)
         try:
             from shpool.engines.ray_cluster import RayCluster
         except ModuleNotFoundError as exc:

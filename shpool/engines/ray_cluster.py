@@ -93,8 +93,8 @@ class RayCluster:
         _warn_of_eavesdroppers(ray.nodes())
         keeper = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=_MOST_POLLS)(Keeper)
         self._keeper = keeper.options(name=keeper_name(pool), namespace=NAMESPACE).remote()
-        options = {"num_cpus": self._engine.num_cpus, "max_retries": 0, "max_calls": self._max_calls}
-        self._run = ray.remote(**options)(run_call).options(name="shpool")
+        cost, calls = self._engine.num_cpus, self._max_calls
+        self._run = ray.remote(name="shpool", num_cpus=cost, max_retries=0, max_calls=calls)(run_call)
 
     @property
     def capacity(self) -> int:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 _LONGEST_KNOCK = 3.0  # s until a host counts as unreachable; ray.init() itself tries for more than a minute
 _LONGEST_CONNECT = 9.0  # s; a tenth is usual, and DESIGN's limit for an unreachable cluster is 10
+_SILENCE = (
+    f"it has not answered in {_LONGEST_CONNECT:.0f} s, nor does it where RAY_AUTH_MODE=token is wanted and not set"
+)
 _AUTH_VARIABLE = "RAY_AUTH_MODE"  # ray.init() sets it where it finds that a local cluster wants its token
 
 
@@ -132,7 +135,7 @@ def _init_in_time(where: str, **options: Any) -> None:  # noqa: ANN401 - as ray.
         thread.start()
         thread.join(_LONGEST_CONNECT)
     if thread.is_alive():
-        raise ClusterUnreachableError(where, f"it has not answered in {_LONGEST_CONNECT:.0f} s")
+        raise ClusterUnreachableError(where, _SILENCE)
     if errors:
         raise ClusterError(where, f"{type(errors[0]).__name__}: {errors[0]}") from errors[0]
 
