@@ -35,6 +35,7 @@ from shpool.tokens import SYSTEM_CLOCK, Posting, boot_time, token_from_response
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from shpool.engines.ray_local import LocalRay
     from shpool.testing import LoopbackServer
 
 pytestmark = [pytest.mark.slow, *needs_ray]
@@ -63,9 +64,14 @@ def run_script(body: str, env: dict[str, str]) -> subprocess.CompletedProcess[st
     )
 
 
-def keepers() -> list[psutil.Process]:
-    """Return the actors that keep tokens, on all Rays of this machine."""
-    return [each for each in psutil.process_iter(["name"]) if each.info["name"].startswith("ray::Keeper")]
+def keepers(node: LocalRay) -> list[psutil.Process]:
+    """Return the actors of this Ray that keep tokens."""
+    found = psutil.process_iter(["name"])
+    return [each for each in found if each.info["name"].startswith("ray::Keeper") and is_of(node, each.pid)]
+
+
+def is_of(node: LocalRay, process: int) -> bool:
+    return process in processes_in_session(node.pid)
 
 
 def session_at(server: LoopbackServer) -> OAuthSession:
@@ -225,10 +231,10 @@ def test_a_revoked_token_costs_one_login(ray_engine: RayEngine, server: Loopback
     assert server.logins == 2
 
 
-def test_a_keeper_that_is_lost_is_begun_anew(ray_engine: RayEngine, server: LoopbackServer) -> None:
+def test_a_keeper_that_is_lost_is_begun_anew(ray_node: LocalRay, ray_engine: RayEngine, server: LoopbackServer) -> None:
     with AuthenticatedProcessPool(session_at(server), engine=ray_engine) as pool:
         assert pool.submit(generation).result(PATIENCE) == 1
-        (keeper,) = keepers()
+        (keeper,) = keepers(ray_node)
         keeper.kill()
         pool.submit(report_refused, 1).result(PATIENCE)
         until(lambda: pool.submit(generation).result(PATIENCE) == 2 or pool.submit(report_refused, 1).result(PATIENCE))
@@ -252,7 +258,7 @@ def test_a_token_that_ray_would_store_is_refused(ray_engine: RayEngine) -> None:
 
 
 def test_with_the_driver_go_the_workers_that_ran_its_tasks(
-    ray_engine: RayEngine, child_env: dict[str, str], tmp_path: Path
+    ray_node: LocalRay, ray_engine: RayEngine, child_env: dict[str, str], tmp_path: Path
 ) -> None:
     """Ray ends them, and the keeper, which belongs to the driver."""
     begun, cue = tmp_path / "begun", tmp_path / "cue"
@@ -267,7 +273,7 @@ def test_with_the_driver_go_the_workers_that_ran_its_tasks(
     )
     assert run.returncode == -signal.SIGKILL
     until(lambda: not psutil.pid_exists(int(begun.read_text())))
-    until(lambda: not keepers())
+    until(lambda: not keepers(ray_node))
 
 
 class GoneKeeper:
