@@ -16,6 +16,7 @@
     │   ├── BoardLayoutError       not a board, or one of another shpool version
     │   └── TornBoardError         no consistent record within the bound
     ├── GateInUseError             others use the gate of that name with other limits
+    ├── GateUnreachableError       a cluster's worker cannot ask the parent's gate
     ├── TaskError                  one task failed for a reason outside its function
     │   ├── WorkerLostError        its worker process died
     │   ├── TaskTimeoutError       it ran longer than its timeout
@@ -289,6 +290,21 @@ class GateInUseError(ShpoolError, ValueError):
             f"gate {self.name!r} is in use with other limits: {self.theirs}, not {self.ours}; "
             "give the same limits everywhere, or choose another name"
         )
+
+
+class GateUnreachableError(ShpoolError, ConnectionError):
+    """A worker on a cluster cannot ask the pool's parent, which holds the gate, so the limits cannot be kept.
+
+    Args:
+        reason: What is wrong.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the request is not sent, as the account's gate cannot be asked: {self.reason}"
 
 
 class TaskError(ShpoolError):

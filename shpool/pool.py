@@ -440,7 +440,7 @@ class AuthenticatedProcessPool(_Submitting):
             return Inline(self._setup, gate=self._gate)
         blanked = functools.partial(_secret_variables, self._session)
         if self._where is not None:
-            return self._where.build(self._workers, self._setup, blanked)
+            return self._where.build(self._workers, self._setup, blanked, self._gate)
         from shpool.engines.crew import Crew
 
         return Crew(self._workers or 1, self._setup, blanked=blanked, gate=self._gate)

@@ -302,7 +302,7 @@ def test_a_worker_whose_keeper_is_gone_serves_its_token_to_the_end_and_closes() 
     now = SYSTEM_CLOCK.now()
     answer = {"access_token": "invented-token", "expires_in": 1.0}
     cell.take(Parcel.of(Posting(token_from_response(answer, now)), 1))
-    follower = threading.Thread(target=_follow, args=(pool.pool, GoneKeeper(), cell))
+    follower = threading.Thread(target=_follow, args=(pool, GoneKeeper(), "name"))
     follower.start()
     assert pool.session.token.access_token == "invented-token"
     follower.join(PATIENCE)

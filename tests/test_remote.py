@@ -48,6 +48,7 @@ class HeldCluster:
         self.cancelled: list[int] = []
         self.stopped: list[int] = []
         self.parcels: list[Parcel] = []
+        self.posted: list[tuple[str | None, bytes]] = []
         self.can_stop = True
         self.is_open = False
         self.refuses: Exception | None = None
@@ -76,6 +77,9 @@ class HeldCluster:
 
     def push(self, parcel: Parcel) -> None:
         self.parcels.append(parcel)
+
+    def post(self, outpost: str | None, note: bytes) -> None:
+        self.posted.append((outpost, note))
 
     def close(self) -> None:
         self.is_open = False

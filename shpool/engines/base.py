@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from shpool.channels import TokenChannel
     from shpool.engines.setup import WorkerSetup
     from shpool.errors import WorkerLostError
+    from shpool.gate import Gate
 
 NO_RETRIES = RetryPolicy()
 
@@ -95,13 +96,16 @@ class EngineDescription(Protocol):
     def name(self) -> str:
         """What the pool's ``repr`` calls it."""
 
-    def build(self, workers: int | None, setup: WorkerSetup, blanked: Callable[[], Sequence[str]]) -> Engine:
+    def build(
+        self, workers: int | None, setup: WorkerSetup, blanked: Callable[[], Sequence[str]], gate: Gate | None
+    ) -> Engine:
         """Return the engine.
 
         Args:
             workers: Most tasks to run at once; None for as many as there is room for.
             setup: How each worker begins.
             blanked: Returns the environment variables that worker processes started here must not inherit.
+            gate: What all requests go through; None for a gate without limits.
         """
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from shpool.engines.base import Engine
     from shpool.engines.setup import WorkerSetup
+    from shpool.gate import Gate
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,20 @@ class DaskEngine:
     security: Any = None
     name: ClassVar[str] = "dask"
 
-    def build(self, workers: int | None, setup: WorkerSetup, blanked: Callable[[], Sequence[str]] = tuple) -> Engine:
+    def build(
+        self,
+        workers: int | None,
+        setup: WorkerSetup,
+        blanked: Callable[[], Sequence[str]] = tuple,
+        gate: Gate | None = None,
+    ) -> Engine:
         """Return the engine.
 
         Args:
             workers: Most tasks to run at once; None for as many as the cluster has threads.
             setup: How each worker begins.
             blanked: Returns the environment variables that workers started here must not inherit.
+            gate: What all requests go through; None for a gate without limits.
 
         Raises:
             MissingExtraError: ``distributed`` is not installed.
@@ -59,7 +67,7 @@ class DaskEngine:
         if is_dask_client(address):
             security = security or address.security
             address = address.scheduler.address
-        return RemoteEngine(DaskCluster(address, security, workers, blanked), setup, workers)
+        return RemoteEngine(DaskCluster(address, security, workers, blanked), setup, workers, gate)
 
 
 def is_dask_client(thing: object) -> bool:

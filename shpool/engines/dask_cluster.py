@@ -30,6 +30,7 @@ from shpool.engines.dask_outpost import (
     forget_topic,
     kill_worker,
     run_call,
+    take_grant,
     take_parcel,
     topic_of,
 )
@@ -162,6 +163,10 @@ class DaskCluster:
         """Bring a parcel to every outpost."""
         self._soon(self._push, parcel)
 
+    def post(self, worker: str | None, note: bytes) -> None:
+        """Hand a worker, or all, what the gate grants."""
+        self._soon(self._post, worker, note)
+
     def close(self) -> None:
         """Close the outposts, let go of the cluster."""
         loop, self._loop = self._loop, None
@@ -270,6 +275,8 @@ class DaskCluster:
             self._admit(message)
         elif "ask" in message:
             self._answer(message)
+        elif "lease" in message:
+            self._events.asked(message["lease"], message["note"])
         elif "refused" in message:
             self._events.refused(message["refused"])
         elif "begun" in message:
@@ -286,6 +293,7 @@ class DaskCluster:
         if address not in self._members:
             self._members[address] = _Member(address, hello["threads"], hello["pid"], hello["has_nanny"])
             self._recount()
+        self._events.joined(address)
         self._answer({"ask": address, "clock": hello["clock"]})
 
     def _dismiss(self, message: Message) -> None:
@@ -294,6 +302,7 @@ class DaskCluster:
         if member is None:
             return
         self._recount()
+        self._events.left(member.address)
         if not message.get("expected"):
             self._events.lost_worker(member.pid)
         done = message.get("lost-computed-tasks", ())
@@ -317,11 +326,19 @@ class DaskCluster:
             self._spawn(self._bring(self._parcel.resealed(message["clock"]), [message["ask"]]))
 
     async def _bring(self, parcel: Parcel, addresses: list[str]) -> None:
+        await self._run_there(take_parcel, parcel, addresses)
+
+    def _post(self, worker: str | None, note: bytes) -> None:
+        addresses = list(self._members) if worker is None else [worker]
+        if addresses:
+            self._spawn(self._run_there(take_grant, note, addresses))
+
+    async def _run_there(self, function: Callable[[str, Any], None], thing: object, addresses: list[str]) -> None:
         if self._client is not None:
             try:
-                await self._client.run(take_parcel, self._pool, parcel, workers=addresses, on_error="ignore")
+                await self._client.run(function, self._pool, thing, workers=addresses, on_error="ignore")
             except Exception as exc:  # noqa: BLE001 - border: workers come and go; one that lacks a token asks again
-                logger.debug("a token could not be brought: %s", _words_of(exc))
+                logger.debug("a token or a grant could not be brought: %s", _words_of(exc))
 
     # In the loop: calls
 

@@ -1,8 +1,8 @@
 """The worker's side of the Dask engine: a plugin that opens the pool's outpost, and what the client has run there.
 
 The plugin's pickled form lies in the scheduler for workers that come later, so it holds no token: each outpost asks for
-one by an event, and the client brings it by ``Client.run``, which is stored nowhere. Events do stay in the scheduler's
-memory: there is nothing in them but numbers and addresses.
+one by an event, and the client brings it by ``Client.run``, which is stored nowhere. So it is with leases of the gate.
+Events do stay in the scheduler's memory: there is nothing in them but numbers and addresses.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ class OutpostPlugin(WorkerPlugin):
         def report(generation: int) -> None:
             worker.log_event(topic, {"refused": generation})
 
-        open_outpost(Outpost(self.pool, self._setup, TokenCell(ask), report))
+        def tell(note: bytes) -> None:
+            worker.log_event(topic, {"lease": address, "note": note})
+
+        open_outpost(Outpost(self.pool, self._setup, TokenCell(ask), report, tell))
         worker.log_event(topic, description_of(worker))
 
     def teardown(self, worker: Worker) -> None:  # noqa: ARG002 - dask's signature
@@ -92,6 +95,13 @@ def take_parcel(pool: str, parcel: Parcel) -> None:
     outpost = outpost_of(pool)
     if outpost is not None:
         outpost.cell.take(parcel)
+
+
+def take_grant(pool: str, note: bytes) -> None:
+    """Hand the outpost's gate what the driver grants."""
+    outpost = outpost_of(pool)
+    if outpost is not None:
+        outpost.take_grant(note)
 
 
 def kill_worker(dask_worker: Nanny) -> None:

@@ -27,7 +27,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shpool.board import CLOSED
+from shpool.engines.leased_gate import LeasedGate
 from shpool.engines.serve import Kind, unreadable
+from shpool.gate import unanswered
 from shpool.logs import RelayHandler
 from shpool.shared import SharedSession, adopt_session, is_session_here, leave_session, take_session
 from shpool.tokens import SYSTEM_CLOCK, Posting, boot_time
@@ -203,15 +205,24 @@ class Outpost:
         pickled_setup: Its ``WorkerSetup``, as ``dump_setup`` pickled it.
         cell: What the session reads; whoever brings parcels puts them there.
         report: Tells the parent that a server refused a generation; called in any thread, must not wait.
+        tell: Sends the driver's gate a note, likewise; None for a gate of this process alone.
 
     Attributes:
         openings: How many workers of this process have it open.
     """
 
-    def __init__(self, pool: str, pickled_setup: bytes, cell: TokenCell, report: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        pool: str,
+        pickled_setup: bytes,
+        cell: TokenCell,
+        report: Callable[[int], None],
+        tell: Callable[[bytes], object] | None = None,
+    ) -> None:
         self.pool = pool
         self.cell = cell
-        self.session = SharedSession(cell, report=report)
+        self.gate = None if tell is None else LeasedGate(tell)
+        self.session = SharedSession(cell, report=report, gate=self.gate)
         self.openings = 0
         self._pickled_setup = pickled_setup
         self._functions: dict[bytes, Callable[..., Any]] = {}
@@ -244,9 +255,16 @@ class Outpost:
         kind = Kind.RESULT if done else Kind.ERROR
         return Answer(kind, seconds, os.getpid(), payload, tuple(records)).to_bytes()
 
+    def take_grant(self, note: bytes) -> None:
+        """Hand the gate what the driver grants."""
+        if self.gate is not None:
+            self.gate.take(note)
+
     def close(self) -> None:
         """Forget the token, and leave the process as it was found."""
         self.cell.close()
+        if self.gate is not None:
+            self.gate.close()
         self.session.forget()
         with self._lock:
             _restore(self._former_env)
@@ -260,6 +278,7 @@ class Outpost:
         try:
             yield
         finally:
+            unanswered.give_back()
             _records.reset(collected)
             leave_session(former)
 

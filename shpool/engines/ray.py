@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from shpool.engines.base import Engine
     from shpool.engines.setup import WorkerSetup
+    from shpool.gate import Gate
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,20 @@ class RayEngine:
             )
             raise ValueError(msg)
 
-    def build(self, workers: int | None, setup: WorkerSetup, blanked: Callable[[], Sequence[str]] = tuple) -> Engine:
+    def build(
+        self,
+        workers: int | None,
+        setup: WorkerSetup,
+        blanked: Callable[[], Sequence[str]] = tuple,
+        gate: Gate | None = None,
+    ) -> Engine:
         """Return an engine that is not connected yet.
 
         Args:
             workers: Most tasks to run at once; None for as many as the cluster has processors for.
             setup: How each outpost begins.
             blanked: Returns the environment variables that no worker may inherit; for a Ray of our own.
+            gate: What all requests go through; None for a gate without limits.
 
         Raises:
             MissingExtraError: ``ray`` is not installed.
@@ -63,4 +71,4 @@ class RayEngine:
             raise MissingExtraError(exc.name or "ray", "ray") from exc
         from shpool.engines.remote import RemoteEngine
 
-        return RemoteEngine(RayCluster(self, workers, setup.max_tasks, blanked), setup, workers)
+        return RemoteEngine(RayCluster(self, workers, setup.max_tasks, blanked), setup, workers, gate)

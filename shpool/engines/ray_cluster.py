@@ -139,6 +139,12 @@ class RayCluster:
             if self._asked is not None and not self._is_closing.is_set():
                 self._keeper.take.remote(parcel.resealed(self._asked))
 
+    def post(self, outpost: str | None, note: bytes) -> None:
+        """Leave what the gate grants at the keeper."""
+        with self._lock:
+            if self._asked is not None and not self._is_closing.is_set() and ray.is_initialized():
+                self._keeper.post.remote(outpost, note)
+
     def close(self) -> None:
         """Send the outposts home, end the keeper, and disconnect if nobody else here is connected."""
         if not self._is_linked:
@@ -214,7 +220,7 @@ class RayCluster:
         while not self._is_closing.is_set():
             for news in _answer_to(self._keeper.news.remote(seen)):
                 seen = news.serial
-                getattr(self._events, news.kind)(news.value)
+                getattr(self._events, news.kind)(*news.values)
             self._look_at_capacity()
 
     def _look_at_capacity(self) -> None:

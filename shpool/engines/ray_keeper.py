@@ -5,6 +5,7 @@
    The actor's constructor gets nothing: Ray keeps what it was given, to build it again.
 2. A worker process has an outpost for each pool whose calls it runs, and a thread for each outpost that waits at the
    keeper for the next parcel. So a copy is renewed once for each rotation, and reading it asks nobody.
+   What the gate grants an outpost waits there too, for the same thread.
 3. What workers have to tell, the driver fetches in the same way: it waits at the keeper for what it has not seen.
 4. A keeper that was lost with its process is built again by Ray, and empty: calls wait until the driver has begun it.
 5. A keeper is gone for good when the pool has ended without saying so: then the driver is gone. Outposts serve their
@@ -18,8 +19,11 @@ import concurrent.futures
 import contextlib
 import functools
 import pickle
+import secrets
 import threading
 import time
+from collections import deque
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
@@ -37,6 +41,8 @@ _LONGEST_POLL = 5.0  # s a question waits at the keeper for something new
 _LONGEST_ANSWER = 15.0  # s until a question is taken for lost
 _FAREWELL = 1.0  # s that outposts get to wipe their tokens; those of killed workers never say so
 _PAUSE = 0.2  # s before a lost question is asked again
+_MOST_NOTES = 64  # that wait for an outpost; older ones are of no use any more
+_FORGOTTEN = 15.0  # s after which an outpost that does not ask is gone, as nothing tells
 
 
 class News(NamedTuple):
@@ -44,13 +50,28 @@ class News(NamedTuple):
 
     Attributes:
         serial: Number of the news, from 1.
-        kind: ``refused`` or ``begun``.
-        value: The generation, or the call's number.
+        kind: The name of one of ``Events``' methods.
+        values: Its arguments.
     """
 
     serial: int
     kind: str
-    value: int
+    values: tuple[Any, ...]
+
+
+@dataclass(eq=False)
+class _Box:
+    """What the gate has for an outpost.
+
+    Attributes:
+        notes: The driver's, not fetched yet.
+        polled: When the outpost last asked, by ``time.monotonic``.
+        change: There is something to fetch, here or for all.
+    """
+
+    notes: deque[bytes] = field(default_factory=lambda: deque(maxlen=_MOST_NOTES))
+    polled: float = field(default_factory=time.monotonic)
+    change: asyncio.Condition = field(default_factory=asyncio.Condition)
 
 
 def keeper_name(pool: str) -> str:
@@ -66,6 +87,7 @@ class Keeper:
         self._setup: bytes | None = None
         self._is_closed = False
         self._outposts = 0
+        self._boxes: dict[str, _Box] = {}
         self._serial = 0
         self._news: list[News] = []
         self._posted = asyncio.Condition()  # there is something for the workers
@@ -82,11 +104,22 @@ class Keeper:
     async def take(self, parcel: Parcel) -> None:
         """Take a posting."""
         self._cell.take(parcel)
-        await _wake(self._posted)
+        await self._wake_all()
+
+    async def post(self, outpost: str | None, note: bytes) -> None:
+        """Keep a note for an outpost, or for all there are, until it is fetched."""
+        boxes = self._boxes.values() if outpost is None else filter(None, [self._boxes.get(outpost)])
+        for box in list(boxes):
+            box.notes.append(note)
+            await _wake(box.change)
 
     async def news(self, seen: int) -> list[News]:
         """Wait a while for news later than the number ``seen``; return them all."""
         self._news = [news for news in self._news if news.serial > seen]
+        for outpost, box in list(self._boxes.items()):
+            if box.polled < time.monotonic() - _FORGOTTEN:
+                del self._boxes[outpost]
+                await self._add("left", outpost)
         await _wait(self._told, lambda: self._is_closed or self._news)
         return self._news
 
@@ -94,32 +127,44 @@ class Keeper:
         """Send the outposts home, and wait a moment until they have gone; nothing waits here any more then."""
         self._cell.close()
         self._is_closed = True
-        await _wake(self._posted)
+        await self._wake_all()
         await _wake(self._told)
         await _wait(self._told, lambda: not self._outposts, _FAREWELL)
 
     # For the workers
 
-    async def enrol(self, asked: float) -> tuple[bytes | None, Parcel | None]:
+    async def enrol(self, outpost: str, asked: float) -> tuple[bytes | None, Parcel | None]:
         """Return the set-up, None while the driver has not begun, and the newest parcel, None while there is none."""
         await _wait(self._posted, lambda: self._setup is not None)
-        self._outposts += self._setup is not None
+        if self._setup is not None:
+            self._outposts += 1
+            await self._box(outpost)
         return self._setup, self._parcel(0, asked)
 
-    async def newer(self, than: int, asked: float) -> Parcel | None:
-        """Wait a while for a later parcel than number ``than``; None if none came.
+    async def newer(self, outpost: str, than: int, asked: float) -> tuple[Parcel | None, list[bytes]]:
+        """Wait a while for a later parcel than number ``than``, or notes; return what there is.
 
         Args:
+            outpost: Who asks.
             than: The number of the parcel the worker has.
             asked: The worker's boot clock when it asked.
         """
-        await _wait(self._posted, lambda: self._is_closed or self._cell.version_word[0] > than)
-        return self._parcel(than, asked)
+        box = await self._box(outpost)
+        await _wait(box.change, lambda: self._is_closed or box.notes or self._cell.version_word[0] > than)
+        notes = list(box.notes)
+        box.notes.clear()
+        box.polled = time.monotonic()
+        return self._parcel(than, asked), notes
 
-    async def leave(self) -> None:
+    async def leave(self, outpost: str) -> None:
         """Take note that an outpost has wiped its token."""
         self._outposts -= 1
+        self._boxes.pop(outpost, None)
         await _wake(self._told)
+
+    async def asked(self, outpost: str, note: bytes) -> None:
+        """Pass on what an outpost asks the gate."""
+        await self._add("asked", outpost, note)
 
     async def refused(self, generation: int) -> None:
         """Pass on that a server has refused the token."""
@@ -129,9 +174,23 @@ class Keeper:
         """Pass on that a call has begun."""
         await self._add("begun", number)
 
-    async def _add(self, kind: str, value: int) -> None:
+    async def _box(self, outpost: str) -> _Box:
+        """Return an outpost's box; one that is new, or that a keeper before this one had, is told of."""
+        if outpost not in self._boxes:
+            self._boxes[outpost] = _Box()
+            await self._add("joined", outpost)
+        box = self._boxes[outpost]
+        box.polled = time.monotonic()
+        return box
+
+    async def _wake_all(self) -> None:
+        await _wake(self._posted)
+        for box in list(self._boxes.values()):
+            await _wake(box.change)
+
+    async def _add(self, kind: str, *values: Any) -> None:  # noqa: ANN401 - as of ``Events``' methods
         self._serial += 1
-        self._news.append(News(self._serial, kind, value))
+        self._news.append(News(self._serial, kind, values))
         await _wake(self._told)
 
     def _parcel(self, than: int, asked: float) -> Parcel | None:
@@ -166,33 +225,36 @@ def run_call(sealed: bytes) -> bytes:
 def _settle(pool: str) -> Outpost:
     """Open the pool's outpost in this process, and a thread that keeps its token fresh."""
     keeper = ray.get_actor(keeper_name(pool), namespace=NAMESPACE)
+    name = secrets.token_hex(8)
     setup: bytes | None = None
     parcel: Parcel | None = None
     while setup is None:
-        setup, parcel = ray.get(keeper.enrol.remote(boot_time()))
+        setup, parcel = ray.get(keeper.enrol.remote(name, boot_time()))
     cell = TokenCell()
     if parcel is not None and parcel.number != CLOSED:
         cell.take(parcel)
-    outpost = open_outpost(Outpost(pool, setup, cell, functools.partial(_tell, pool, "refused")))
+    report, ask = functools.partial(_tell, pool, "refused"), functools.partial(_tell, pool, "asked", name)
+    outpost = open_outpost(Outpost(pool, setup, cell, report, ask))
     _keepers[pool] = keeper
-    threading.Thread(target=_follow, args=(pool, keeper, cell), name="shpool-follow", daemon=True).start()
+    threading.Thread(target=_follow, args=(outpost, keeper, name), name="shpool-follow", daemon=True).start()
     return outpost
 
 
-def _tell(pool: str, kind: str, value: int) -> None:
+def _tell(pool: str, kind: str, *values: object) -> None:
     """Tell the keeper something, without waiting for it."""
     keeper = _keepers.get(pool)
     if keeper is not None:  # else the pool has ended
-        getattr(keeper, kind).remote(value)
+        getattr(keeper, kind).remote(*values)
 
 
-def _follow(pool: str, keeper: Any, cell: TokenCell) -> None:  # noqa: ANN401 - Ray's handle of an actor
-    """Put each parcel into the cell, until the pool has ended or the keeper is gone for good; runs in a thread."""
+def _follow(outpost: Outpost, keeper: Any, name: str) -> None:  # noqa: ANN401 - Ray's handle of an actor
+    """Hand on each parcel and what the gate grants, until the pool has ended or the keeper is gone for good."""
+    pool, cell = outpost.pool, outpost.cell
     while True:
         try:
             # The future of it: ray.get() would tell Ray that the task waits and its processor is free for another.
-            question = keeper.newer.remote(cell.version_word[0], boot_time())
-            parcel = question.future().result(_LONGEST_ANSWER)
+            question = keeper.newer.remote(name, cell.version_word[0], boot_time())
+            parcel, notes = question.future().result(_LONGEST_ANSWER)
         except ActorDiedError:
             time.sleep(max(0.0, _deadline_of(cell.read()[1]) - boot_time()))
             _withdraw(pool)
@@ -202,10 +264,12 @@ def _follow(pool: str, keeper: Any, cell: TokenCell) -> None:  # noqa: ANN401 - 
             continue
         if parcel is not None and parcel.number == CLOSED:
             _withdraw(pool)
-            keeper.leave.remote()
+            keeper.leave.remote(name)
             return
         if parcel is not None:
             cell.take(parcel)
+        for note in notes:
+            outpost.take_grant(note)
 
 
 def _withdraw(pool: str) -> None:

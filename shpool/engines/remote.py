@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shpool.engines.dispatch import Dispatch
+from shpool.engines.lease_office import LeaseOffice
 from shpool.engines.ledger import Ledger
 from shpool.engines.member import Flight
 from shpool.engines.outpost import Answer, Call, Parcel, TokenCell, note_home
@@ -37,6 +38,7 @@ from shpool.errors import (
     UnpicklableError,
     WorkerLostError,
 )
+from shpool.gate import Gate
 from shpool.logs import deliver
 from shpool.worker import load_error
 
@@ -95,12 +97,21 @@ class Events(Protocol):
     def lost_worker(self, pid: int, detail: str = "") -> None:
         """A worker that this pool uses is gone unexpectedly."""
 
+    def joined(self, outpost: str) -> None:
+        """There is an outpost, known to the cluster by that name; may be told repeatedly."""
+
+    def asked(self, outpost: str, note: bytes) -> None:
+        """An outpost has a note for the gate."""
+
+    def left(self, outpost: str) -> None:
+        """An outpost is gone; a cluster that does not know tells nothing."""
+
     def failed(self, error: Exception) -> None:
         """The cluster is gone for good."""
 
 
 class Cluster(Protocol):
-    """Where calls run. All but ``push`` and ``capacity`` is called from one thread at a time.
+    """Where calls run. All but ``push``, ``post`` and ``capacity`` is called from one thread at a time.
 
     Attributes:
         tells_begin: It tells when timed calls begin; else their time counts from the launch.
@@ -130,6 +141,9 @@ class Cluster(Protocol):
 
     def push(self, parcel: Parcel) -> None:
         """Bring a parcel to every outpost there is, and keep it for those to come; must not wait for them."""
+
+    def post(self, outpost: str | None, note: bytes) -> None:
+        """Bring a note to the gate of one outpost, or of all there are; must not wait, and may fail in silence."""
 
     def close(self) -> None:
         """Leave the cluster as it was found, outposts closed; harmless when repeated, or when never opened."""
@@ -188,12 +202,19 @@ class RemoteEngine:
         cluster: Where they run.
         setup: How each outpost begins.
         most: Most tasks to run at once; None for as many as the cluster can.
+        gate: What all requests go through, leased from here; None for one of its own, without limits.
     """
 
     largest_batch = None
     singles = 64  # some of what goes ahead in one bunch
 
-    def __init__(self, cluster: Cluster, setup: WorkerSetup | None = None, most: int | None = None) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        setup: WorkerSetup | None = None,
+        most: int | None = None,
+        gate: Gate | None = None,
+    ) -> None:
         self.on_refused: Callable[[int], None] = lambda _: None
         self.on_end: Callable[[], None] = lambda: None
         self.pool = secrets.token_hex(8)
@@ -201,6 +222,8 @@ class RemoteEngine:
         self._setup = dump_setup(setup or WorkerSetup())
         self._most = math.inf if most is None else most
         self._channel = RemoteChannel(cluster.push)
+        self._gate, self._owns_gate = gate or Gate(), gate is None
+        self._office = LeaseOffice(self._gate, cluster.post)
         self._numbers = itertools.count(1)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # run by the loop, one by one
         self._is_over_for_good = threading.Event()
@@ -254,7 +277,12 @@ class RemoteEngine:
             ClusterError: It cannot be used.
         """
         note_home(self.pool)
-        self._cluster.open(self.pool, self._setup, self)
+        try:
+            self._cluster.open(self.pool, self._setup, self)
+        except BaseException:
+            self._close_gate()
+            raise
+        self._office.start()
         _started.add(self)
         self._thread.start()
 
@@ -363,6 +391,18 @@ class RemoteEngine:
     def lost_worker(self, pid: int, detail: str = "") -> None:
         """Count a worker that was lost; in the loop, as logging would leave its mark on a cluster's own thread."""
         self._inbox.put(functools.partial(self._count_loss, pid, detail))
+
+    def joined(self, outpost: str) -> None:
+        """Tell a new outpost of the gate."""
+        self._office.joined(outpost)
+
+    def asked(self, outpost: str, note: bytes) -> None:
+        """Let the gate's office answer."""
+        self._office.asked(outpost, note)
+
+    def left(self, outpost: str) -> None:
+        """Take back what an outpost has leased."""
+        self._office.left(outpost)
 
     def failed(self, error: Exception) -> None:
         """End: no task can run any more."""
@@ -567,9 +607,15 @@ class RemoteEngine:
             self._cluster.close()
         except Exception:  # border: the cluster's own code
             logger.exception("the cluster could not be left in order")
+        self._close_gate()
         self.on_end()
         self._channel.close()
         self._is_over_for_good.set()
+
+    def _close_gate(self) -> None:
+        self._office.close()
+        if self._owns_gate:
+            self._gate.close()
 
 
 def _label(launch: _Launch) -> str:

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from shpool.gate.gate import Gate, GateHandle, GateStats
 from shpool.gate.limits import PRESETS
-from shpool.gate.ticket import AccountGate, Ticket, unanswered
+from shpool.gate.ticket import AccountGate, Terms, Ticket, unanswered
 
-__all__ = ["PRESETS", "AccountGate", "Gate", "GateHandle", "GateStats", "Ticket", "unanswered"]
+__all__ = ["PRESETS", "AccountGate", "Gate", "GateHandle", "GateStats", "Terms", "Ticket", "unanswered"]

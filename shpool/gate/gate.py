@@ -29,7 +29,7 @@ from shpool.gate.segment import (
     named_segment,
     own_descriptor,
 )
-from shpool.gate.ticket import Ticket
+from shpool.gate.ticket import Terms, Ticket
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 120.0  # s; a server that asks for more is asked again then, as by the HTTP client and downloads
 _WORTH_A_WARNING = 10.0  # s of a pause
-_SPREAD = 1.0  # s over which those who wait come back after a pause, where no rate keeps them apart
+SPREAD = 1.0  # s over which those who wait come back after a pause, where no rate keeps them apart
 _JITTER = 1e-3  # s; a shorter wait is not counted as one
 
 
@@ -294,6 +294,51 @@ class Gate:
             self._segment.leave_queue(ticket.number, ticket.place)
             ticket.number = 0
 
+    # For an engine that leases to workers elsewhere
+
+    def terms(self) -> Terms:
+        """Return how it stands, for those who lease from it."""
+        floats, limits = self._segment.floats, self._limits
+        has_units = limits.units < math.inf
+        is_rated = limits.requests < math.inf or has_units or floats[REFUSALS] > 0
+        return Terms(self._segment.integers[EPOCH], floats[NOT_BEFORE], is_rated, has_units, limits.connections)
+
+    def reserve(self, most: int, cost: float, within: float) -> tuple[int, list[float]]:
+        """Give out moments in advance, at least one; return the epoch, and them, by this gate's clock.
+
+        Args:
+            most: How many.
+            cost: Processing units of each.
+            within: Seconds from now; the first one beyond is the last.
+        """
+        now, moments = self._clock(), list[float]()
+        with self._segment:
+            while not moments or (len(moments) < most and moments[-1] <= now + within):
+                ticket = Ticket(self, cost)
+                ticket.counted = math.inf  # whoever uses it tells what it waited
+                self._give_moment(ticket, now)
+                assert ticket.moment is not None
+                moments.append(ticket.moment)
+            return self._segment.integers[EPOCH], sorted(moments)
+
+    def occupy(self, ticket: Ticket) -> float:
+        """Give a ticket a connection slot and nothing else; return the seconds until another look, 0 if it has it."""
+        with self._segment:
+            ticket.slot, ticket.number, ticket.place, wait = self._segment.take_slot(
+                ticket.number, ticket.place, self._clock()
+            )
+        return wait
+
+    def has_queue(self) -> bool:
+        """Tell whether somebody waits for a connection slot."""
+        return self._segment.count_waiting(self._clock()) > 0
+
+    def count_waits(self, waits: int, waited: float) -> None:
+        """Add what those who lease have waited."""
+        with self._segment:
+            self._segment.floats[WAITS] += waits
+            self._segment.floats[WAITED] += waited
+
     def stats(self) -> GateStats:
         """Return how the gate stands; without its mutex, so numbers of one moment may differ by a request."""
         floats, limits, now = self._segment.floats, self._limits, self._clock()
@@ -364,7 +409,7 @@ def _spread() -> float:
     """Return a random wait, lest all come back at once."""
     import random  # with hashlib below it, too much for the start of every worker
 
-    return random.uniform(0.0, _SPREAD)  # noqa: S311 - no secret
+    return random.uniform(0.0, SPREAD)  # noqa: S311 - no secret
 
 
 def _finite(rate: float) -> float | None:

@@ -243,6 +243,10 @@ class Segment:
         """Wait no more; without the mutex, as above."""
         self._leave(number, place)
 
+    def count_waiting(self, now: float) -> int:
+        """Count those that wait for a slot; without the mutex."""
+        return self._waiting_before(0, now)
+
     def _waiting_before(self, number: int, now: float) -> int:
         """Count those that wait with a lower number (rule 8); all that wait, for one without."""
         since = now - _AWAKE

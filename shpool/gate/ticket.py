@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -23,6 +23,24 @@ if TYPE_CHECKING:
 _UNTOLD = 1.0  # s; a 429 that does not say how long
 _TOO_MANY, _UNAVAILABLE = 429, 503
 _SPENT = "x-processingunits-spent"  # as Sentinel Hub and the Copernicus Data Space name it
+
+
+class Terms(NamedTuple):
+    """How a gate stands, for those who lease from it.
+
+    Attributes:
+        epoch: In which what it gives out is good; 0 while there is nothing to obey.
+        not_before: When the pause ends, by its clock.
+        is_rated: Requests are counted, so each needs a moment.
+        has_units: Costs are counted.
+        connections: Requests at once; 0 for no limit.
+    """
+
+    epoch: int
+    not_before: float
+    is_rated: bool
+    has_units: bool
+    connections: int
 
 
 class AccountGate(Protocol):

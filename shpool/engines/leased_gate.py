@@ -1,0 +1,396 @@
+"""The worker's side of leases: a gate that asks the driver's for moments and slots in advance (see ``leases``)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import queue
+import random
+import threading
+import time
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING
+
+from shpool.engines.leases import DRIFT, LATEST, LEASE, LONGEST_SILENCE, RECENT, REPEAT, SLICE, Ask, Grant
+from shpool.errors import GateUnreachableError
+from shpool.gate import Ticket
+from shpool.gate.gate import LONGEST_PAUSE, SPREAD
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from shpool.gate import Terms
+
+_NAP = 0.02  # s until a ticket that waits for an answer is worth another look; a thread that waits is woken before
+_MOST_USES = 4096  # that are remembered; a block is never larger
+_LINGER = 0.5  # s that a slot stays where nobody uses it
+_TICK = 0.1  # s between two rounds while there are slots or costs
+_WAITS, _QUEUES = 1, 2  # numbers of tickets that have no moment: with a slot, or without
+_NOTHING = (-1, 0)  # to take back
+_UNKNOWN = -1  # the epoch between a refusal here and the driver's word
+
+
+class DriversClock:
+    """What the driver's clock says, by this host's; see rule 3 of ``leases``."""
+
+    def __init__(self) -> None:
+        self._ahead = math.inf  # this host's clock less the driver's, and what the quickest message took
+        self._at = 0.0
+
+    def hear(self, sent: float, received: float, asked: float | None) -> None:
+        """Take note of a message.
+
+        Args:
+            sent: The driver's clock.
+            received: This host's.
+            asked: This host's when it asked for it, None if it has not.
+        """
+        ahead = min(self._ahead + (received - self._at) * DRIFT, received - sent)
+        if asked is not None and ahead < asked - sent:  # one of the two hosts has slept
+            ahead = received - sent
+        self._ahead, self._at = ahead, received
+
+    def here(self, moment: float) -> float:
+        """Return a moment of the driver's by this host's clock."""
+        return moment + self._ahead
+
+
+class _Slot:
+    """A leased connection slot.
+
+    Attributes:
+        until: When the lease ends, unless it is renewed.
+        since: When it came here.
+        idle_since: When it was last given back here.
+    """
+
+    __slots__ = ("idle_since", "since", "until")
+
+    def __init__(self, until: float, now: float) -> None:
+        self.until = until
+        self.since = self.idle_since = now
+
+
+class LeasedGate:
+    """Hold requests back as the driver's gate says, and ask it rarely. An ``AccountGate``.
+
+    Args:
+        tell: Sends an ``Ask`` to the driver; called in any thread, must not wait.
+    """
+
+    def __init__(self, tell: Callable[[bytes], object], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._tell = tell
+        self._clock = clock
+        self._is_free = False  # nothing is to be obeyed: all that a request looks at then
+        self._inbox: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()  # takes tickets back
+        self._is_over = ""  # why nothing can be asked any more
+        self._set_up()
+        _gates.add(self)
+
+    def _set_up(self) -> None:
+        self._change = threading.Condition(threading.Lock())  # guards all that follows; notified of each grant
+        self._thread: threading.Thread | None = None
+        self._driver = DriversClock()
+        self._serial = 0
+        self._terms: Terms | None = None
+        self._epoch = _UNKNOWN
+        self._not_before = -math.inf  # by this host's clock
+        self._heard = self._told = -math.inf  # when the driver last spoke, and was last asked
+        self._is_answered = True
+        self._least_epoch = 0  # whatever is of an earlier one was sent before a refusal was heard of
+        self._stock: dict[float, deque[float]] = {}  # moments by cost
+        self._uses: deque[float] = deque(maxlen=_MOST_USES)
+        self._waiting = self._queued = 0  # tickets without a moment, and among them those without a slot
+        self._wanted = 0  # slots that were asked for and have not come
+        self._slots: dict[int, _Slot] = {}
+        self._idle: list[int] = []  # the slots that nobody uses
+        self._is_contended = False
+        self._returned: list[int] = []
+        self._spent: dict[int, float] = {}
+        self._waits, self._waited = 0, 0.0
+
+    # For requests; see ``AccountGate``
+
+    def acquire(self, cost: float = 1.0) -> Ticket:
+        """Wait until one more request may be sent; return the leave to do so.
+
+        Args:
+            cost: Processing units it will cost.
+
+        Raises:
+            ValueError: The cost is negative.
+            GateUnreachableError: The driver does not answer.
+        """
+        ticket = self.try_acquire(cost)
+        try:
+            while wait := self.advance(ticket):
+                with self._change:
+                    self._change.wait(wait)
+        except BaseException:
+            self.release(ticket)
+            raise
+        return ticket
+
+    def try_acquire(self, cost: float = 1.0) -> Ticket:
+        """Return a ticket at once; its ``due_in()`` tells when it may be used."""
+        if not 0.0 <= cost < math.inf:
+            msg = f"cost must be a number of processing units from 0, not {cost!r}"
+            raise ValueError(msg)
+        return Ticket(self, cost)
+
+    def advance(self, ticket: Ticket) -> float:
+        """Return the seconds until a ticket may be used, or until it is worth another look; 0 once it may be.
+
+        Raises:
+            GateUnreachableError: The driver does not answer.
+        """
+        if self._is_free:
+            return 0.0
+        with self._change:
+            now = self._clock()
+            if ticket.moment is not None and ticket.epoch == self._epoch:
+                return max(0.0, ticket.moment - now)
+            self._begin(ticket, now)
+            moment = self._moment_for(ticket, now)
+            if moment is None:
+                self._check(ticket, now)
+                return _NAP
+            self._let_go(ticket, moment)
+            return max(0.0, moment - now)
+
+    def settle(self, ticket: Ticket, spent: float) -> None:
+        """Count what a request has really cost in place of what was reckoned; the driver hears of it soon."""
+        more, ticket.cost = spent - ticket.cost, spent
+        terms = self._terms
+        if more and ticket.moment is not None and terms is not None and terms.has_units:
+            with self._change:
+                self._spent[ticket.epoch] = self._spent.get(ticket.epoch, 0.0) + more
+            self._inbox.put(_NOTHING)
+
+    def pause(self, seconds: float, ticket: Ticket | None = None, *, learn: bool = False) -> None:
+        """Let no request go for so long: at once here, and a message later everywhere."""
+        seconds = min(max(seconds, 0.0), LONGEST_PAUSE)
+        with self._change:
+            epoch = self._epoch if ticket is None else ticket.epoch
+            until = self._clock() + seconds
+            if epoch == self._epoch or until > self._not_before:
+                self._not_before = max(until, self._not_before)
+                self._least_epoch = max(self._least_epoch, self._epoch + 1)
+                self._epoch, self._is_free = _UNKNOWN, False
+                self._stock.clear()
+            self._send(Ask(self._clock(), pause=(seconds, epoch, learn)))
+
+    def release(self, ticket: Ticket) -> None:
+        """Take a ticket back. Called by finalizers, in the midst of anything: so a thread does the rest."""
+        if ticket.slot >= 0 or ticket.number:
+            slot, number = ticket.slot, ticket.number
+            ticket.slot, ticket.number = -1, 0
+            self._inbox.put((slot, number))
+
+    # Under the lock
+
+    def _begin(self, ticket: Ticket, now: float) -> None:
+        if self._is_over:
+            raise GateUnreachableError(self._is_over)
+        if not ticket.number:
+            ticket.number, ticket.counted = _WAITS, ticket.counted or now
+            self._waiting += 1
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="shpool-leases", daemon=True)
+            self._thread.start()
+
+    def _let_go(self, ticket: Ticket, moment: float) -> None:
+        ticket.moment, ticket.epoch, ticket.number = moment, self._epoch, 0
+        self._waiting -= 1
+        if moment - ticket.counted > LATEST / 10:
+            self._waits += not ticket.waited
+            self._waited += moment - ticket.counted
+            ticket.waited, ticket.counted = True, moment
+
+    def _check(self, ticket: Ticket, now: float) -> None:
+        if now - max(self._heard, ticket.counted) > LONGEST_SILENCE:
+            reason = f"the pool's parent has not answered for {LONGEST_SILENCE:.0f} s"
+            raise GateUnreachableError(reason)
+
+    def _moment_for(self, ticket: Ticket, now: float) -> float | None:
+        """Return when a ticket may be used; None while that is not known, which is asked for."""
+        terms = self._terms
+        if terms is None:
+            self._ask(now)
+            return None
+        if terms.connections and ticket.slot < 0 and not self._take_slot(ticket, now):
+            if ticket.number == _WAITS:
+                ticket.number = _QUEUES
+                self._queued += 1
+            self._ask(now)
+            return None
+        if not terms.is_rated:
+            return now if now >= self._not_before else self._not_before + random.uniform(0.0, SPREAD)  # noqa: S311 - no secret
+        if self._epoch == _UNKNOWN:
+            self._ask(now)
+            return None
+        return self._take_moment(ticket.cost, now)
+
+    def _take_moment(self, cost: float, now: float) -> float | None:
+        stock = self._stock.setdefault(cost, deque())
+        while stock and stock[0] < max(now - LATEST, self._not_before):
+            stock.popleft()
+        while self._uses and self._uses[0] < now - RECENT:
+            self._uses.popleft()
+        if len(stock) <= len(self._uses) // 2:
+            self._ask(now, cost, max(self._waiting, 1) + len(self._uses) - len(stock))
+        if not stock:
+            return None
+        self._uses.append(now)
+        return stock.popleft()
+
+    def _take_slot(self, ticket: Ticket, now: float) -> bool:
+        while self._idle:
+            lease = self._idle.pop()
+            if self._slots[lease].until > now:
+                self._queued -= ticket.number == _QUEUES
+                ticket.slot, ticket.number = lease, _WAITS
+                return True
+            del self._slots[lease]
+        return False
+
+    def _ask(self, now: float, cost: float = 1.0, count: int = 0) -> None:
+        """Ask for what is missing, unless that was done a moment ago."""
+        is_news = self._queued > self._wanted or (count > 0 and self._is_answered)
+        if is_news or now - self._told >= REPEAT:
+            self._report(now, ((cost, count),) if count else ())
+
+    def _report(self, now: float, moments: tuple[tuple[float, int], ...] = ()) -> None:
+        """Tell the driver all that it is to know."""
+        ask = Ask(
+            clock=now,
+            moments=moments,
+            slots=self._queued,
+            held=tuple(self._slots),
+            returned=tuple(self._returned),
+            spent=tuple(self._spent.items()),
+            waits=self._waits,
+            waited=self._waited,
+        )
+        self._returned.clear()
+        self._spent.clear()
+        self._waits, self._waited = 0, 0.0
+        if ask.is_question:
+            self._told, self._is_answered, self._wanted = now, False, self._queued
+        self._send(ask)
+
+    def _send(self, ask: Ask) -> None:
+        with contextlib.suppress(Exception):  # border: the cluster's own code; its silence is minded
+            self._tell(ask.to_bytes())
+
+    # What the driver tells
+
+    def take(self, note: bytes) -> None:
+        """Take a ``Grant``."""
+        grant = Grant.from_bytes(note)
+        with self._change:
+            now = self._clock()
+            self._driver.hear(grant.sent, now, grant.echo)
+            self._heard = now
+            self._is_answered |= grant.echo is not None and grant.echo >= self._told
+            if grant.serial > self._serial:
+                self._serial = grant.serial
+                self._take_terms(grant.terms)
+                self._is_contended = grant.is_wanted
+            if grant.echo is not None:
+                self._take_slots(grant, grant.echo + LEASE, now)
+            if grant.terms.epoch == self._epoch:
+                for cost, moments in grant.moments:
+                    self._stock.setdefault(cost, deque()).extend(map(self._driver.here, moments))
+            self._change.notify_all()
+        if self._slots:
+            self._inbox.put(_NOTHING)
+
+    def _take_terms(self, terms: Terms) -> None:
+        if terms.epoch < self._least_epoch:
+            return
+        if terms.epoch != self._epoch:
+            self._stock.clear()
+            self._epoch = terms.epoch
+        if terms.not_before:
+            self._not_before = max(self._not_before, self._driver.here(terms.not_before))
+        self._terms = terms
+        self._is_free = not terms.epoch
+
+    def _take_slots(self, grant: Grant, until: float, now: float) -> None:
+        for lease in grant.held:
+            if lease in self._slots:
+                self._slots[lease].until = max(self._slots[lease].until, until)
+        for lease in grant.slots:
+            self._slots[lease] = _Slot(until, now)
+            self._idle.append(lease)
+        self._wanted = max(0, self._wanted - len(grant.slots))
+
+    def close(self, reason: str = "the pool has ended") -> None:
+        """Let nothing go any more that has not been let go."""
+        with self._change:
+            self._is_over = reason
+            self._change.notify_all()
+        self._inbox.put(None)
+
+    def let_go(self) -> None:
+        """In a forked child: ask nothing, as the way to the driver is the parent's."""
+        self._set_up()
+        self._is_over = "a forked child cannot ask the parent of the pool"
+
+    # In the thread, which begins with the first request that must ask
+
+    def _run(self) -> None:
+        while True:
+            with self._change:
+                nap = _TICK if self._slots or self._returned or self._spent else None
+            with contextlib.suppress(queue.Empty):
+                told = self._inbox.get(timeout=nap)
+                if told is None:
+                    return
+                self._take_back(*told)
+            with self._change:
+                self._go_round(self._clock())
+
+    def _take_back(self, lease: int, number: int) -> None:
+        with self._change:
+            self._waiting -= number > 0
+            self._queued -= number == _QUEUES
+            slot = self._slots.get(lease)
+            if slot is None:
+                return
+            slot.idle_since = now = self._clock()
+            if self._is_contended and (not self._queued or now - slot.since > SLICE):
+                self._give_back(lease)
+            else:
+                self._idle.append(lease)
+                self._change.notify_all()
+
+    def _give_back(self, lease: int) -> None:
+        del self._slots[lease]
+        self._returned.append(lease)
+
+    def _go_round(self, now: float) -> None:
+        """Give back what lies idle; renew the rest, and tell what the driver does not know."""
+        for lease in list(self._idle):
+            is_long = now - self._slots[lease].idle_since > _LINGER
+            if is_long or (self._is_contended and not self._queued):
+                self._idle.remove(lease)
+                self._give_back(lease)
+        for lease, slot in list(self._slots.items()):
+            if slot.until <= now and lease not in self._idle:
+                del self._slots[lease]
+        silence = now - self._told
+        if self._returned or (self._spent and silence > RECENT) or (self._slots and silence > REPEAT):
+            self._report(now)
+
+
+def _let_go_all() -> None:
+    for gate in list(_gates):
+        gate.let_go()
+
+
+_gates: weakref.WeakSet[LeasedGate] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_let_go_all)
