@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 import requests
 from cluster_fixtures import needs_dask
-from patience import PATIENCE
-from stress_gate import Enforcer
+from patience import PATIENCE, in_time, until
+from stress_gate import Crowd, Enforcer
 
 from shpool import AuthenticatedProcessPool, DaskEngine, Gate, OAuthSession, current_session
 
@@ -51,3 +51,32 @@ def test_workers_keep_one_rate_between_them(dask_engine: DaskEngine, server: Loo
     assert enforcer.times[-1] - enforcer.times[0] > 78 / 50
     assert stats.waits > 0
     assert stats.waited > 0
+
+
+def test_no_more_connections_at_once_than_the_account_has(dask_engine: DaskEngine, server: LoopbackServer) -> None:
+    """Slots come back from the one who holds them idle, and are leased anew."""
+    crowd, gate = Crowd(server, 0.02), Gate(connections=1)
+    with AuthenticatedProcessPool(session_at(server), engine=dask_engine, gate=gate) as pool:
+        url = server.data_url(1)
+        for _ in range(2):
+            futures = [pool.submit(statuses_by_auth, url, 5) for _ in range(2)]
+            assert {status for future in futures for status in future.result(PATIENCE)} == {200}
+        assert pool.stats().gate.connections == 1
+    assert (crowd.most, crowd.served) == (1, 20)
+    assert in_time(gate.acquire).is_connected, "nothing stays leased when the pool has ended"
+    gate.close()
+
+
+def test_a_refusal_met_by_one_worker_stops_all_without_any_setting(
+    dask_engine: DaskEngine, server: LoopbackServer
+) -> None:
+    with AuthenticatedProcessPool(session_at(server), engine=dask_engine) as pool:
+        url = server.data_url(1)
+        assert pool.submit(statuses_by_auth, url, 1).result(PATIENCE) == [200]
+        server.fail_next(1, 429, retry_after=2, at="data")
+        assert pool.submit(statuses_by_auth, url, 1).result(PATIENCE) == [429]
+        until(lambda: pool.stats().gate.pauses == 1)
+        futures = [pool.submit(statuses_by_auth, url, 1) for _ in range(4)]
+        assert {future.result(PATIENCE)[0] for future in futures} == {200}
+    times = [at for at, target, _ in server.log if target.startswith("/tiles")]
+    assert times[2] - times[1] > 2 - 0.1

@@ -159,7 +159,7 @@ class LeaseOffice:
         if ask.pause is not None:
             self._pause(*ask.pause)
         if ask.is_question:
-            blocks = [(cost, *self._gate.reserve(count, cost, WITHIN)) for cost, count in ask.moments]
+            blocks = [(cost, *self._gate.reserve(count, cost, WITHIN, ask.lead)) for cost, count in ask.moments]
             terms = self._gate.terms()
             good = tuple((cost, tuple(moments)) for cost, epoch, moments in blocks if epoch == terms.epoch)
             self._send(name, good, terms=terms)

@@ -13,7 +13,7 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING
 
-from shpool.engines.leases import DRIFT, LATEST, LEASE, LONGEST_SILENCE, RECENT, REPEAT, SLICE, Ask, Grant
+from shpool.engines.leases import DRIFT, LATEST, LEASE, LONGEST_LEAD, LONGEST_SILENCE, RECENT, REPEAT, SLICE, Ask, Grant
 from shpool.errors import GateUnreachableError
 from shpool.gate import Ticket
 from shpool.gate.gate import LONGEST_PAUSE, SPREAD
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _NAP = 0.02  # s until a ticket that waits for an answer is worth another look; a thread that waits is woken before
 _MOST_USES = 4096  # that are remembered; a block is never larger
 _LINGER = 0.5  # s that a slot stays where nobody uses it
+_LATENESS_MEMORY = 0.8  # of it that is left at the next message
 _TICK = 0.1  # s between two rounds while there are slots or costs
 _WAITS, _QUEUES = 1, 2  # numbers of tickets that have no moment: with a slot, or without
 _NOTHING = (-1, 0)  # to take back
@@ -36,6 +37,7 @@ class DriversClock:
     """What the driver's clock says, by this host's; see rule 3 of ``leases``."""
 
     def __init__(self) -> None:
+        self.lateness = 0.0  # s that messages take beyond the quickest; the longest of late
         self._ahead = math.inf  # this host's clock less the driver's, and what the quickest message took
         self._at = 0.0
 
@@ -51,6 +53,7 @@ class DriversClock:
         if asked is not None and ahead < asked - sent:  # one of the two hosts has slept
             ahead = received - sent
         self._ahead, self._at = ahead, received
+        self.lateness = min(max(received - sent - ahead, _LATENESS_MEMORY * self.lateness), LONGEST_LEAD)
 
     def here(self, moment: float) -> float:
         """Return a moment of the driver's by this host's clock."""
@@ -273,6 +276,7 @@ class LeasedGate:
             spent=tuple(self._spent.items()),
             waits=self._waits,
             waited=self._waited,
+            lead=self._driver.lateness,
         )
         self._returned.clear()
         self._spent.clear()

@@ -8,9 +8,10 @@ The rules, and why they are so:
     worker has used in the last quarter of a second. The driver stops a block at the first moment that is more than
     half a second ahead. So a worker that has stopped leaves no more than that unused, and nobody else waits for longer.
  3. A moment is of the driver's clock, and a worker reckons it by its own: the difference is the least that a message
-    has taken, less what clocks may drift apart. So a moment comes late by the quickest message, and never early. Who
-    has not begun to wait for one before it has passed by a twentieth of a second must let it go: blocks that come late
-    would meet those of others, and the two together exceed the rate.
+    has taken, plus what the clocks may have drifted apart since. So a request goes late by the quickest message, and
+    never early. A moment that nobody has taken when it is past by a twentieth of a second is void: blocks that come
+    late would meet those of others, and together exceed the rate. So a worker says how late messages come at present,
+    and its block begins no earlier than that.
  4. A slot is leased to a worker for five seconds and renewed each second. What the worker does not name as held is not
     renewed, so that a lost message, a lost worker or a driver that is gone costs five seconds and no slot; if the
     cluster tells that a worker is gone, its slots are free at once. A worker counts the five seconds from when it last
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 WITHIN = 0.5  # s; a block ends with the first moment beyond (rule 2)
 RECENT = 0.25  # s whose use says how many moments to ask for
+LONGEST_LEAD = 2.0  # s; where messages take longer than that, few moments are in time
 LATEST = 0.05  # s after which a moment that nobody has taken is void (rule 3); as a gate's usual burst
 DRIFT = 1e-3  # twice what clocks are steered by at most (adjtimex(2): 500 ppm)
 LEASE = 5.0  # s (rule 4)
@@ -58,6 +60,7 @@ class Ask(NamedTuple):
         waits: Requests that had to wait, since it last told.
         waited: Seconds they waited.
         pause: Seconds, epoch of the request, and whether to learn of it: a refusal.
+        lead: Seconds that messages take at present beyond the quickest.
     """
 
     clock: float
@@ -69,6 +72,7 @@ class Ask(NamedTuple):
     waits: int = 0
     waited: float = 0.0
     pause: tuple[float, int, bool] | None = None
+    lead: float = 0.0
 
     @property
     def is_question(self) -> bool:

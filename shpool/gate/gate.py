@@ -303,15 +303,16 @@ class Gate:
         is_rated = limits.requests < math.inf or has_units or floats[REFUSALS] > 0
         return Terms(self._segment.integers[EPOCH], floats[NOT_BEFORE], is_rated, has_units, limits.connections)
 
-    def reserve(self, most: int, cost: float, within: float) -> tuple[int, list[float]]:
+    def reserve(self, most: int, cost: float, within: float, lead: float = 0.0) -> tuple[int, list[float]]:
         """Give out moments in advance, at least one; return the epoch, and them, by this gate's clock.
 
         Args:
             most: How many.
             cost: Processing units of each.
-            within: Seconds from now; the first one beyond is the last.
+            within: Seconds between the first and the last, and no more than one step beyond.
+            lead: Seconds from now until the first.
         """
-        now, moments = self._clock(), list[float]()
+        now, moments = self._clock() + lead, list[float]()
         with self._segment:
             while not moments or (len(moments) < most and moments[-1] <= now + within):
                 ticket = Ticket(self, cost)
