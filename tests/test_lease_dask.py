@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import requests
-from cluster_fixtures import needs_dask
+from cluster_fixtures import DaskProcesses, needs_dask
 from patience import PATIENCE, in_time, until
 from stress_gate import Crowd, Enforcer
 
@@ -80,3 +83,24 @@ def test_a_refusal_met_by_one_worker_stops_all_without_any_setting(
         assert {future.result(PATIENCE)[0] for future in futures} == {200}
     times = [at for at, target, _ in server.log if target.startswith("/tiles")]
     assert times[2] - times[1] > 2 - 0.1
+
+
+def ask_and_die_once(url: str, mark: str) -> int:
+    gate = current_session().gate
+    ticket = gate.acquire()
+    if not Path(mark).exists():
+        Path(mark).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    ticket.release()
+    return status_by_client(url)
+
+
+def test_a_worker_that_is_killed_leaks_no_connection(server: LoopbackServer, tmp_path: Path) -> None:
+    gate = Gate(connections=1)
+    with DaskProcesses(1) as processes:
+        engine = DaskEngine(processes.address)
+        with AuthenticatedProcessPool(session_at(server), engine=engine, gate=gate, retries=2) as pool:
+            future = pool.submit(ask_and_die_once, server.data_url(1), str(tmp_path / "mark"))
+            assert future.result(2 * PATIENCE) == 200
+            assert pool.stats().workers_lost == 1
+    gate.close()
