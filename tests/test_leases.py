@@ -209,6 +209,16 @@ def test_what_was_granted_before_a_refusal_is_void(wired: Callable[..., Wires]) 
     assert late.moment is None
 
 
+def test_terms_of_before_a_refusal_do_not_free_a_worker(wired: Callable[..., Wires]) -> None:
+    wires = wired()
+    gate = wires.add("a")
+    ticket = gate.acquire()
+    wires.is_cut = True
+    gate.pause(3.0, ticket)
+    gate.take(Grant(10**6, 1000.0, None, Terms(0, 0.0, False, False, 0)).to_bytes())
+    assert gate.advance(gate.try_acquire()) >= 3.0
+
+
 def test_a_pause_by_another_pool_reaches_the_workers(wired: Callable[..., Wires]) -> None:
     wires = wired("10/s")
     gate = wires.add("a")

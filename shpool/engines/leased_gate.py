@@ -366,7 +366,7 @@ class LeasedGate:
             if slot is None:
                 return
             slot.idle_since = now = self._clock()
-            if self._is_contended and (not self._queued or now - slot.since > SLICE):
+            if self._is_contended and now - slot.since > SLICE:
                 self._give_back(lease)
             else:
                 self._idle.append(lease)
