@@ -184,6 +184,15 @@ def test_a_records_line_is_what_json_would_write(tmp_path: Path, value: object) 
     assert second["error"] == "ValueError: bad\ntile"
 
 
+def test_a_suffix_that_promises_another_form_is_refused(tmp_path: Path) -> None:
+    with (
+        pytest.raises(CommandError, match=r"no results can be written as \.xlsx"),
+        open_output(tmp_path / "out.xlsx", io.BytesIO()),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["out", "out.txt", "out.json", "out.ndjson", "out.JSONL"])
 def test_json_lines_are_the_form_of_all_other_suffixes(tmp_path: Path, name: str) -> None:
     with open_output(tmp_path / name, io.BytesIO()) as writer:

@@ -152,11 +152,20 @@ def download(  # noqa: PLR0913 - options of a command line
         gate=GateOptions(gate, rate, units, connections),
     )
     check_journal(journal, source, output, fresh=fresh, only_failed=only_failed)
-    if ca_bundle is not None and not ca_bundle.is_file():
-        msg = f"--ca-bundle {ca_bundle} is no file"
-        raise typer.BadParameter(msg)
+    if ca_bundle is not None:
+        _check_authorities(ca_bundle)
     summary = FileSummary()
     see_through(lambda stdout: carry_out(order, stdout, summary), summary, output, as_json=as_json)
     if not summary.is_complete:
         say_how_to_go_on(journal, fresh=fresh)
     raise typer.Exit(summary.exit_code)
+
+
+def _check_authorities(bundle: Path) -> None:
+    import ssl
+
+    try:
+        ssl.create_default_context(cafile=bundle)
+    except OSError as exc:
+        msg = f"--ca-bundle {bundle} cannot be used: {exc.strerror or exc}"
+        raise typer.BadParameter(msg) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -167,7 +166,7 @@ class FileRun:
         bundle = None if order.ca_bundle is None else str(order.ca_bundle.absolute())
         curl = CurlOptions(order.transfers, order.stall_timeout, bundle)
         folder = str(order.folder.absolute())
-        return FetchGroup(FetchSettings(folder, curl, order.retries, order.overwrite, durable=True, begun=time.time()))
+        return FetchGroup(FetchSettings(folder, curl, order.retries, order.overwrite, durable=True))
 
     def _claimed(self, is_stopping: Callable[[], bool], report: FileReport) -> Iterator[PlannedItem]:
         """Yield the files to fetch."""

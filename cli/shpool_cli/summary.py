@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, BinaryIO, ClassVar, TypedDict
 
@@ -77,7 +78,8 @@ class Summary:
     def note_failure(self, record: Record) -> None:
         """Count a job that failed."""
         self.failed += 1
-        kind, _, text = (record.error or "").partition(": ")
+        kind = re.split(r"[: ]", record.error or "", maxsplit=1)[0]
+        text = (record.error or "")[len(kind) :].lstrip(": ")
         self.errors.setdefault(kind, {"count": 0, "index": record.index, "example": text})["count"] += 1
 
     @property
@@ -118,7 +120,8 @@ class Summary:
 
     def _failures(self) -> Iterator[str]:
         for kind, its in list(self.errors.items())[:_MOST_KINDS]:
-            yield f"error: {kind} in {_counted(its['count'], self._noun)}, first in {its['index']}: {its['example']}"
+            count, first = _counted(its["count"], self._noun), f"{self._noun} {its['index']}"
+            yield f"error: {kind} in {count}, first in {first}: {its['example']}"
         if len(self.errors) > _MOST_KINDS:
             yield f"error: and {len(self.errors) - _MOST_KINDS} other kinds; all are in the output"
 

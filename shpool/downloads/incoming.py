@@ -143,15 +143,10 @@ class Incoming:
         if size is None or size != verdict.total:
             return False
         digests = [*self._wanted.digests, *verdict.digests]
-        is_same = has_digests(self.target, digests) if digests else self._is_older(self.target)
+        # Equal sizes prove nothing where the server names the file: two URLs may name theirs alike.
+        is_same = has_digests(self.target, digests) if digests else self.planned.path is not None
         self._checks_existing = self._checks_existing or is_same
         return is_same
-
-    def _is_older(self, path: str) -> bool:
-        """Tell whether a file was there before this run, which must not take two files of one name for one."""
-        return (
-            self.planned.path is not None or not self._settings.begun or os.stat(path).st_ctime < self._settings.begun
-        )
 
     def _prepare_to_write(self, verdict: Receive) -> None:
         self._hashers = Hashers([*self._wanted.digests, *verdict.digests])

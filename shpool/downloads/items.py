@@ -86,8 +86,6 @@ class FetchSettings:
         durable: Write each to disk before it is reported.
         backoff: Waits between attempts.
         authenticated: Send the session's token.
-        begun: Wall clock at the start of the run. A file made since then under a name that the server chose is
-            another one's of this run, unless a checksum proves it the same; 0 where that does not matter.
     """
 
     folder: str
@@ -97,7 +95,6 @@ class FetchSettings:
     durable: bool = True
     backoff: Backoff = Backoff(base=0.5, cap=30.0)  # noqa: RUF009 - frozen
     authenticated: bool = True
-    begun: float = 0.0
 
 
 class Planner:

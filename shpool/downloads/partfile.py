@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import filecmp
 import functools
 import json
 import os
@@ -32,6 +33,7 @@ _LONGEST_NOTE = 4096  # bytes
 _MOST_PIECES = 512  # buffers for one writev; IOV_MAX is 1,024
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _IN_THE_WAY = "something that is no file stands where the unfinished file goes; remove it"
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK})  # FAT, exFAT, some FUSE and CIFS
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})  # Lustre mounted without flock, some NFS
 
 
@@ -184,10 +186,24 @@ class PartFile:
             self._close()
 
     def _link(self, target: str) -> None:
-        """Take a name that must be free: unlike ``rename``, ``link`` never takes it from another file."""
+        """Take a name that must be free, or is that of an equal file."""
         try:
-            os.link(self.path, target)
-        finally:
+            self._take_name(target)
+        except FileExistsError:
+            is_same = os.path.isfile(target) and filecmp.cmp(self.path, target, shallow=False)
+            os.unlink(self.path)
+            if not is_same:
+                raise
+
+    def _take_name(self, target: str) -> None:
+        try:
+            os.link(self.path, target)  # unlike rename(), it never takes the name from another file
+        except OSError as exc:
+            if exc.errno not in _NO_LINKS:
+                raise
+            os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))  # holds the name until the file has it
+            os.rename(self.path, target)
+        else:
             os.unlink(self.path)
 
     def _drop_note(self, *, always: bool = True) -> None:

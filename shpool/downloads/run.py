@@ -7,7 +7,6 @@ Items are planned in the parent (names, checks, duplicates), grouped by ``groups
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
 from concurrent.futures import Executor
 from pathlib import Path
@@ -74,9 +73,7 @@ def download(  # noqa: PLR0913 - all but three are keyword-only, each with its d
         raise ValueError(msg)
     load_pycurl()
     curl = CurlOptions(connections, stall_timeout, ca_bundle)
-    settings = FetchSettings(
-        str(Path(to).absolute()), curl, retries, overwrite, durable, authenticated=authenticated, begun=time.time()
-    )
+    settings = FetchSettings(str(Path(to).absolute()), curl, retries, overwrite, durable, authenticated=authenticated)
     return _run(pool, items, settings, max_workers, progress=progress)
 
 

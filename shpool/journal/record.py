@@ -6,7 +6,7 @@ A `Journal` is what a run holds:
 2. ``begin`` it when it is handed to a worker, ``end`` it with its result. Both return at once: a thread writes.
 3. ``on_durable`` is called once an end can no longer be lost; only then may it be reported.
 
-`JournalView` (journal_view.py) is for whoever only reads.
+`JournalView` (view.py) is for whoever only reads.
 """
 
 from __future__ import annotations

@@ -118,11 +118,17 @@ def open_output(path: Path | None, stdout: BinaryIO, *, replace: bool = False) -
         raise unwritable(sink.name, exc) from None
 
 
+_SUFFIXES = frozenset({"", ".csv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt"})
+
+
 def _sink_for(path: Path | None, stdout: BinaryIO, *, replace: bool) -> Sink:
     if path is None:
         return StreamSink(stdout, JsonLines(), "standard output")
     is_special = path.exists() and not path.is_file()  # a device or a pipe; a folder is refused when it is opened
     suffix = path.suffix.lower()
+    if suffix not in _SUFFIXES and not is_special:
+        msg = f"--output {path}: no results can be written as {suffix}"
+        raise CommandError(msg, f"give a name that ends with {', '.join(sorted(_SUFFIXES - {''}))}")
     if suffix == ".parquet" and not is_special:
         from shpool_cli.output.parquetfile import ParquetSink
 
