@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -16,6 +17,7 @@ from shpool.gate.segment import (
     CUT,
     CUT_AT,
     EPOCH,
+    LEASED,
     NOT_BEFORE,
     PASSED,
     PAUSES,
@@ -36,12 +38,19 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    Lanes = list[tuple[int, Lane, float]]  # a lane's word, the lane, and what a ticket costs there
+
 logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 120.0  # s; a server that asks for more is asked again then, as by the HTTP client and downloads
 _WORTH_A_WARNING = 10.0  # s of a pause
 SPREAD = 1.0  # s over which those who wait come back after a pause, where no rate keeps them apart
-_JITTER = 1e-3  # s; a shorter wait is not counted as one
+_AHEAD = 0.25  # s; no moment is given out earlier than that: rule 2 of the limits
+_LEASED_FOR = 2.0  # s since moments were last given out in advance
+_NAP = 0.002  # s between two looks of the first who waits for a slot; the others take their time
+_LONG_NAP = 0.02  # s
+_LONGEST_NAP = 0.1  # s; of those who wait for a moment: well within _AHEAD, so none is missed when others give up
+_WORTH_COUNTING = 1e-3  # s; a shorter wait is not counted as one
 
 
 @dataclass(frozen=True)
@@ -180,39 +189,78 @@ class Gate:
         if not epoch:
             return 0.0
         now = self._clock()
-        if ticket.moment is not None and ticket.epoch == epoch:
-            return max(0.0, ticket.moment - now)
-        segment = self._segment
+        if ticket.moment is not None:
+            if ticket.epoch == epoch:
+                return max(0.0, ticket.moment - now)
+            self._withdraw(ticket)
         ticket.counted = ticket.counted or now
-        with segment:
-            if ticket.slot < 0 and self._limits.connections:
-                ticket.slot, ticket.number, ticket.place, wait = segment.take_slot(ticket.number, ticket.place, now)
-                if ticket.slot < 0:
-                    return wait
-            self._give_moment(ticket, now)
+        with self._segment as segment:
+            ticket.number = ticket.number or segment.next_number()
+            lanes = self._lanes(ticket, now)
+            wait = self._wait_in_queue(ticket, lanes, now)
+            if wait:
+                ticket.place = segment.stay(ticket.number, ticket.place, now)
+                return wait
+            self._leave_queue(ticket)
+            self._give_moment(ticket, lanes, now)
         assert ticket.moment is not None
         return max(0.0, ticket.moment - now)
 
-    def _give_moment(self, ticket: Ticket, now: float) -> None:
+    def _wait_in_queue(self, ticket: Ticket, lanes: Lanes, now: float) -> float:
+        """Return how long to wait before another look, 0 for a ticket whose turn has come; it has its slot then."""
+        segment = self._segment
+        before = segment.waiting_before(ticket.number, now)
+        moment = _earliest(lanes, max(now, segment.floats[NOT_BEFORE]))
+        # Leases take moments further ahead; who waited for one that is nearer would wait for ever.
+        is_leased = now - segment.floats[LEASED] < _LEASED_FOR
+        too_early = moment - now - _AHEAD if (lanes or self._limits.connections) and not is_leased else 0.0
+        if not before and too_early <= _WORTH_COUNTING:
+            if not self._limits.connections:
+                return 0.0
+            ticket.slot = segment.take_slot(now)
+            if ticket.slot >= 0:
+                return 0.0
+        too_early += before * max((cost / lane.rate for _, lane, cost in lanes), default=0.0)
+        return min(max(too_early, min(_NAP * (before + 1), _LONG_NAP)), _LONGEST_NAP)
+
+    def _give_moment(self, ticket: Ticket, lanes: Lanes, now: float) -> None:
         """Say when a ticket may be used, and count it at that moment (rule 2 of the limits); under the mutex."""
         floats = self._segment.floats
-        requests, units = self._requests_lane(now), self._units_lane()
-        moment = max(now, floats[NOT_BEFORE])
-        if requests is not None:
-            moment = requests.earliest(moment)
-        elif moment > now:
+        moment = _earliest(lanes, max(now, floats[NOT_BEFORE]))
+        if not lanes and moment > now:
             moment += _spread()
-        if units is not None:
-            moment = units.earliest(moment)
-            self._segment.store_tat(UNITS, units.tat_after(moment, ticket.cost))
-        if requests is not None:
-            self._segment.store_tat(REQUESTS, requests.tat_after(moment, 1.0))
+        ticket.counts = tuple((word, lane.tat, lane.tat_after(moment, cost)) for word, lane, cost in lanes)
+        for word, _, tat in ticket.counts:
+            self._segment.store_tat(word, tat)
         floats[PASSED] += 1.0
-        if moment - ticket.counted > _JITTER:
+        if moment - ticket.counted > _WORTH_COUNTING:
             floats[WAITS] += not ticket.waited
             floats[WAITED] += moment - ticket.counted
             ticket.waited, ticket.counted = True, moment
         ticket.moment, ticket.epoch = moment, self._segment.integers[EPOCH]
+
+    def _withdraw(self, ticket: Ticket) -> None:
+        """Give the slot of a ticket that is to queue again to those before it: they could not go while it waits."""
+        self._free_slot(ticket)
+        ticket.moment = None
+
+    def _free_slot(self, ticket: Ticket) -> None:
+        if ticket.slot >= 0:
+            slot, ticket.slot = ticket.slot, -1
+            self._segment.free_slot(slot)
+
+    def _leave_queue(self, ticket: Ticket) -> None:
+        if ticket.place >= 0:
+            place, ticket.place = ticket.place, -1
+            self._segment.leave_queue(place)
+
+    def _lanes(self, ticket: Ticket, now: float) -> Lanes:
+        """Return the rates a ticket is counted in: the lane's word, the lane, and what the ticket costs there."""
+        requests, units = self._requests_lane(now), self._units_lane()
+        return [
+            *([(REQUESTS, requests, 1.0)] if requests is not None else []),
+            *([(UNITS, units, ticket.cost)] if units is not None else []),
+        ]
 
     def _requests_lane(self, now: float) -> Lane | None:
         """Return the lane of requests, at the rate that was given or learned; None without one."""
@@ -285,14 +333,20 @@ class Gate:
     def release(self, ticket: Ticket) -> None:
         """Take a ticket back: its request has ended, or is not to be sent. Harmless when repeated.
 
-        What it was counted for stays counted: one moment is lost for each that was not used.
+        One whose moment is still to come is counted no more, unless others were given theirs behind it.
         """
-        if ticket.slot >= 0:
-            slot, ticket.slot = ticket.slot, -1
-            self._segment.free_slot(slot)
-        elif ticket.number:
-            self._segment.leave_queue(ticket.number, ticket.place)
-            ticket.number = 0
+        self._leave_queue(ticket)
+        self._free_slot(ticket)
+        if ticket.moment is not None and ticket.moment > self._clock():
+            self._count_no_more(ticket)
+
+    def _count_no_more(self, ticket: Ticket) -> None:
+        with contextlib.suppress(ValueError), self._segment as segment:
+            is_void = ticket.epoch != segment.integers[EPOCH]
+            for word, before, after in () if is_void else ticket.counts:
+                if segment.lane(word).tat == after:
+                    segment.store_tat(word, before)
+        ticket.counts = ()
 
     # For an engine that leases to workers elsewhere
 
@@ -314,24 +368,30 @@ class Gate:
         """
         now, moments = self._clock() + lead, list[float]()
         with self._segment:
+            self._segment.floats[LEASED] = now
             while not moments or (len(moments) < most and moments[-1] <= now + within):
                 ticket = Ticket(self, cost)
                 ticket.counted = math.inf  # whoever uses it tells what it waited
-                self._give_moment(ticket, now)
+                self._give_moment(ticket, self._lanes(ticket, now), now)
                 assert ticket.moment is not None
                 moments.append(ticket.moment)
             return self._segment.integers[EPOCH], sorted(moments)
 
     def occupy(self, ticket: Ticket) -> float:
         """Give a ticket a connection slot and nothing else; return the seconds until another look, 0 if it has it."""
-        with self._segment:
-            ticket.slot, ticket.number, ticket.place, wait = self._segment.take_slot(
-                ticket.number, ticket.place, self._clock()
-            )
-        return wait
+        now = self._clock()
+        with self._segment as segment:
+            ticket.number = ticket.number or segment.next_number()
+            before = segment.waiting_before(ticket.number, now)
+            ticket.slot = -1 if before else segment.take_slot(now)
+            if ticket.slot >= 0:
+                self._leave_queue(ticket)
+                return 0.0
+            ticket.place = segment.stay(ticket.number, ticket.place, now)
+        return min(_NAP * (before + 1), _LONG_NAP)
 
     def has_queue(self) -> bool:
-        """Tell whether somebody waits for a connection slot."""
+        """Tell whether somebody queues."""
         return self._segment.count_waiting(self._clock()) > 0
 
     def count_waits(self, waits: int, waited: float) -> None:
@@ -406,11 +466,16 @@ def _close(segment: Segment, owner: int) -> None:
         segment.close()
 
 
-def _spread() -> float:
-    """Return a random wait, lest all come back at once."""
-    import random  # with hashlib below it, too much for the start of every worker
+def _earliest(lanes: Lanes, moment: float) -> float:
+    """Return the first moment from the given one on that all lanes allow."""
+    for _, lane, _ in lanes:
+        moment = lane.earliest(moment)
+    return moment
 
-    return random.uniform(0.0, SPREAD)  # noqa: S311 - no secret
+
+def _spread() -> float:
+    """Return a random wait, lest all come back at once; random itself takes long to import."""
+    return int.from_bytes(os.urandom(4), "big") / 2**32 * SPREAD
 
 
 def _finite(rate: float) -> float | None:

@@ -6,8 +6,10 @@ The rules:
     theoretical arrival time (TAT) of the next request if all came evenly spaced. It says what a leaky bucket does, yet
     nothing has to run for it to refill, and one store of eight bytes moves it on: whoever dies leaves it whole.
  2. A request is given the earliest moment at which every limit, and the pause, lets it go; all limits then count it at
-    that moment. So moments are given out in the order in which they are asked for, each worker sleeps until its own,
-    and none starves.
+    that moment. No moment is given out further ahead than a quarter of a second: who would have to wait longer queues
+    (rule 8 of the segment). So moments go in the order in which they are asked for, none starves, and who dies or
+    gives up takes at most one moment along. That much ahead, so that sleepers who wake late miss none of theirs. Who
+    gives its moment back before it has come takes its count out again, where nobody was counted after it.
  3. ``burst`` requests may go at once after a silence; the default is what the rate allows in a twentieth of a second.
     That makes up for sleepers that wake late. More would be credit, which a server that counts otherwise may not give:
     "unused processing units and requests do not accumulate" (Sentinel Hub, Rate limiting).

@@ -5,7 +5,7 @@ The rules, all of them:
  1. A segment is one of fixed size: words of eight bytes, then a byte for each connection slot. It is apart from the
     board: workers write to it, and never to the board.
  2. The words are: epoch, magic, connections, next number, checked, not before, cut, cut at, passed, looked, two lanes
-    (rate, burst, TAT), four counters, and 128 places of waiters (numbers, then looks). Moments are seconds of the
+    (rate, burst, TAT), four counters, leased (by), and 128 places of waiters (numbers, then looks). Moments are seconds of the
     monotonic clock, which all processes of a machine share.
  3. Epoch 0 means that there is nothing to obey: no limits, and no refusal yet. It is all that a free gate reads.
     Every pause raises it; a moment that was given out in another epoch is void.
@@ -20,10 +20,12 @@ The rules, all of them:
  7. A connection slot is a lock on a byte of its own, held for as long as the slot: the kernel frees it with its holder.
     The slot's byte in memory says the same for those who look for a free one. It is a hint: now and then the first in
     the queue tries the locks themselves, and so finds the slots of the dead.
- 8. Those who wait for a slot queue: each takes a number and a place, and notes there when it last looked. The lowest
-    number of those who have looked lately may take a slot; who comes new while others wait queues behind them. Who is
-    dead or stopped looks no more, and is passed over.
- 9. A place that nobody has looked from for long is given to another; its number finds a new one if it was alive.
+ 8. Those who cannot go soon queue, for a slot and for a moment alike: each ticket has a number, and while it queues a
+    place, where it notes that number and when it last looked. The lowest number of those who have looked lately may
+    take a slot and a moment; who comes new while others wait queues behind them. Who is stopped looks no more, and is
+    passed over; it keeps its number.
+ 9. Who takes a place locks the place's byte first. So a number without a lock is one of the dead: the first in the
+    queue is looked at in this way before anybody waits for it, and a place of the dead is given to another.
 10. A named segment is of one user (owner and mode 0600 are checked). Everybody who uses it holds a shared lock on the
     presence byte. Who finds itself alone there sets the limits anew; others must have asked for the same. The last to
     leave takes the name away, and what the killed have left is swept by the next who makes a named gate.
@@ -57,12 +59,15 @@ from shpool.segments import (
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from typing_extensions import Self
+
 MAGIC = int.from_bytes(b"shgate\0\1", sys.byteorder)
 
 EPOCH, _MAGIC, _CONNECTIONS, _NUMBER = 0, 1, 2, 3  # integers; all that follows are floats but the places' numbers
 CHECKED, NOT_BEFORE, CUT, CUT_AT, PASSED, LOOKED = 4, 5, 6, 7, 8, 9
 REQUESTS, UNITS = 10, 13  # lanes of three words
 WAITS, WAITED, REFUSALS, PAUSES = 16, 17, 18, 19
+LEASED = 22
 _TAT = 2  # offset in a lane
 _PLACES = 128
 _FIRST_NUMBER, _FIRST_LOOK = 32, 32 + _PLACES
@@ -70,12 +75,10 @@ _SLOTS = 8 * (32 + 2 * _PLACES)  # bytes
 SEGMENT_SIZE = _SLOTS + MOST_CONNECTIONS
 
 _MUTEX, _PRESENCE, _FIRST_SLOT_LOCK = 0, 1, 16  # bytes that are locked, not stored
+_FIRST_PLACE_LOCK = _FIRST_SLOT_LOCK + MOST_CONNECTIONS
 
-_AWAKE = 0.25  # s since its last look in which a waiter counts
-_FORGOTTEN = 5.0  # s since then after which its place is given away
+_AWAKE = 0.3  # s since its last look in which a waiter counts; thrice the longest nap
 _CHECK_EVERY = 0.05  # s between two looks for slots of the dead
-_NAP = 0.002  # s between two looks of the first in the queue; the others take their time
-_LONGEST_NAP = 0.02  # s
 
 _PREFIX = f"shpool-gate-{os.geteuid()}-" if sys.platform == "linux" else "shg"
 _LONGEST_NAME = 200 if sys.platform == "linux" else 20
@@ -115,6 +118,7 @@ class Segment:
         self._look_at(memoryview(mmap.mmap(descriptor, SEGMENT_SIZE)))
         self._threads = threading.Lock()
         self._held: set[int] = set()  # slots of this process; changed under the mutex, but let go of without
+        self._places: set[int] = set()  # places of its waiters; likewise
 
     def _look_at(self, whole: memoryview) -> None:
         self._whole = whole
@@ -126,7 +130,7 @@ class Segment:
 
     # The mutex
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         if self.descriptor < 0:
             msg = "the gate is closed"
             raise ValueError(msg)
@@ -136,6 +140,7 @@ class Segment:
         except BaseException:  # ^C, maybe when the lock was there already
             self.__exit__(None, None, None)
             raise
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -203,79 +208,17 @@ class Segment:
         return sum(self._is_taken(slot) for slot in range(self.connections) if self._slots[slot])
 
     def _is_taken(self, slot: int) -> bool:
-        if slot in self._held or not HAS_LOCKS or self.descriptor < 0:
+        return slot in self._held or self._is_locked(_FIRST_SLOT_LOCK + slot)
+
+    def _is_locked(self, byte: int) -> bool:
+        """Tell whether another process has the lock on a byte."""
+        if not HAS_LOCKS or self.descriptor < 0:
             return True
-        found = fcntl.fcntl(self.descriptor, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, _FIRST_SLOT_LOCK + slot))
+        found = fcntl.fcntl(self.descriptor, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte))
         return bool(struct.unpack_from("h", found)[0] != fcntl.F_UNLCK)
 
-    def take_slot(self, number: int, place: int, now: float) -> tuple[int, int, int, float]:
-        """Take a connection slot, or queue for one; under the mutex.
-
-        Args:
-            number: What an earlier call returned; 0 at first.
-            place: Likewise; -1 at first.
-            now: The time.
-
-        Returns:
-            The slot or -1; the number and place in the queue; seconds until it is worth another look.
-        """
-        before = self._waiting_before(number, now)
-        if not before:
-            slot = self._find_slot(now)
-            if slot >= 0:
-                self._leave(number, place)
-                return slot, 0, -1, 0.0
-        if not number:
-            number = self.integers[_NUMBER] = self.integers[_NUMBER] + 1
-        place = self._stay(number, place, now)
-        return -1, number, place, min(_NAP * (before + 1), _LONGEST_NAP)
-
-    def free_slot(self, slot: int) -> None:
-        """Give a slot back; without the mutex, as finalizers call this, in the midst of anything."""
-        if slot not in self._held:  # it was taken before a fork, and is the parent's
-            return
-        self._slots[slot] = 0
-        if self.descriptor >= 0:
-            self._try_lock(_flock(fcntl.F_UNLCK, _FIRST_SLOT_LOCK + slot))
-        self._held.discard(slot)  # last: else another thread could take it, and be unlocked
-
-    def leave_queue(self, number: int, place: int) -> None:
-        """Wait no more; without the mutex, as above."""
-        self._leave(number, place)
-
-    def count_waiting(self, now: float) -> int:
-        """Count those that wait for a slot; without the mutex."""
-        return self._waiting_before(0, now)
-
-    def _waiting_before(self, number: int, now: float) -> int:
-        """Count those that wait with a lower number (rule 8); all that wait, for one without."""
-        since = now - _AWAKE
-        if self.floats[LOOKED] < since:
-            return 0
-        waiting = zip(self._numbers.tolist(), self._looks.tolist(), strict=True)
-        return sum(other > 0 and looked >= since and (other < number or not number) for other, looked in waiting)
-
-    def _stay(self, number: int, place: int, now: float) -> int:
-        """Note that a number is still waiting; return its place, -1 when there is none left."""
-        if place < 0 or self._numbers[place] != number:
-            place = self._free_place(now)
-        if place >= 0:
-            self._looks[place] = now
-            self._numbers[place] = number
-        self.floats[LOOKED] = now
-        return place
-
-    def _free_place(self, now: float) -> int:
-        numbers, looks = self._numbers.tolist(), self._looks.tolist()
-        free = (index for index in range(_PLACES) if not numbers[index] or looks[index] < now - _FORGOTTEN)
-        return next(free, -1)
-
-    def _leave(self, number: int, place: int) -> None:
-        if place >= 0 and self._numbers[place] == number:
-            self._numbers[place] = 0
-
-    def _find_slot(self, now: float) -> int:
-        """Take a free slot and return it, -1 when there is none."""
+    def take_slot(self, now: float) -> int:
+        """Take a free connection slot and return it, -1 when there is none; under the mutex."""
         count = self.connections
         slot = bytes(self._slots[:count]).find(0)
         if slot >= 0:
@@ -292,6 +235,74 @@ class Segment:
         self._slots[slot] = 1
         return slot
 
+    def free_slot(self, slot: int) -> None:
+        """Give a slot back; without the mutex, as finalizers call this, in the midst of anything."""
+        if slot not in self._held:  # it was taken before a fork, and is the parent's
+            return
+        self._slots[slot] = 0
+        if self.descriptor >= 0:
+            self._try_lock(_flock(fcntl.F_UNLCK, _FIRST_SLOT_LOCK + slot))
+        self._held.discard(slot)  # last: else another thread could take it, and be unlocked
+
+    # The queue
+
+    def next_number(self) -> int:
+        """Return a number that is higher than all before; under the mutex."""
+        self.integers[_NUMBER] = number = self.integers[_NUMBER] + 1
+        return number
+
+    def waiting_before(self, number: int, now: float) -> int:
+        """Count those that wait with a lower number (rule 8), the first of whom is alive; under the mutex."""
+        since = now - _AWAKE
+        if self.floats[LOOKED] < since:
+            return 0
+        waiting = zip(self._numbers.tolist(), self._looks.tolist(), range(_PLACES), strict=True)
+        before = sorted((other, place) for other, looked, place in waiting if 0 < other < number and looked >= since)
+        for count, (_, place) in enumerate(before):
+            if self._is_alive(place):
+                return len(before) - count
+            self._numbers[place] = 0
+        return 0
+
+    def count_waiting(self, now: float) -> int:
+        """Count those that wait; without the mutex."""
+        since = now - _AWAKE
+        if self.floats[LOOKED] < since:
+            return 0
+        waiting = zip(self._numbers.tolist(), self._looks.tolist(), strict=True)
+        return sum(number > 0 and looked >= since for number, looked in waiting)
+
+    def stay(self, number: int, place: int, now: float) -> int:
+        """Note that a number is still waiting; return its place, -1 when there is none left. Under the mutex."""
+        if place not in self._places:
+            place = next((free for free in range(_PLACES) if self._lock_place(free)), -1)
+        if place >= 0:
+            self._looks[place] = now
+            self._numbers[place] = number
+        self.floats[LOOKED] = now
+        return place
+
+    def leave_queue(self, place: int) -> None:
+        """Wait no more; without the mutex, as above. A place taken before a fork is the parent's."""
+        if place not in self._places:
+            return
+        self._numbers[place] = 0
+        if self.descriptor >= 0:
+            self._try_lock(_flock(fcntl.F_UNLCK, _FIRST_PLACE_LOCK + place))
+        self._places.discard(place)  # last: as with slots
+
+    def _is_alive(self, place: int) -> bool:
+        return place in self._places or self._is_locked(_FIRST_PLACE_LOCK + place)
+
+    def _lock_place(self, place: int) -> bool:
+        """Take a place that is free, or of the dead (rule 9)."""
+        if place in self._places or (not HAS_LOCKS and self._numbers[place]):
+            return False
+        if not self._try_lock(_flock(fcntl.F_WRLCK, _FIRST_PLACE_LOCK + place)):
+            return False
+        self._places.add(place)
+        return True
+
     # Life
 
     def be_present(self) -> None:
@@ -305,7 +316,7 @@ class Segment:
     def reopen(self) -> None:
         """In a forked child: become a process of its own (rule 5). Descriptors of the parent's open file are closed."""
         self._threads = threading.Lock()
-        self._held = set()
+        self._held, self._places = set(), set()
         if self.descriptor < 0:
             return
         inherited, self.descriptor = self.descriptor, own_descriptor(self.descriptor)

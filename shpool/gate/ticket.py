@@ -79,8 +79,9 @@ class Ticket:
         moment: When it may be used, None before that is known. Like the following, for the gate alone.
         epoch: In which that was so.
         slot: The connection slot it holds; -1 for none.
-        number: In the queue for one; 0 for none.
-        place: Likewise; -1 for none.
+        number: Its turn in the queue; 0 before it has asked.
+        place: In the queue; -1 for none.
+        counts: What it moved when it was counted: the lane, its theoretical arrival time before, and after.
         counted: Until when its waiting is counted.
         waited: Whether it is counted among those that waited.
     """
@@ -89,6 +90,7 @@ class Ticket:
     epoch = 0
     slot = place = -1
     number = 0
+    counts: tuple[tuple[int, float, float], ...] = ()
     counted = 0.0
     waited = False
 
@@ -138,7 +140,8 @@ class Ticket:
         return type(None), ()  # leave is this process's alone; a request in an error that travels goes without
 
     def __del__(self) -> None:
-        if self.slot >= 0 or self.number:  # forgotten, as by a request that failed
+        if self.slot >= 0 or self.place >= 0:  # forgotten, as by a request that failed
+            self.moment = None  # it stays counted: that would take the gate's mutex, which this thread may have
             self._gate.release(self)
 
     def __enter__(self) -> Self:
