@@ -98,6 +98,8 @@ class SharedSession:
             from shpool.gate import Gate
 
             self._gate = Gate()
+        with contextlib.suppress(TokenUnavailableError):  # that is for those who ask for the token to hear
+            self._gate.retry_after_unit = self.retry_after_unit
         return self._gate
 
     @property

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -20,7 +20,7 @@ from patience import NEVER, in_time, until
 
 from shpool.errors import BoardLayoutError, ForeignBoardError, GateInUseError
 from shpool.gate import PRESETS, Gate, Ticket
-from shpool.gate.limits import Lane, Limits, cut_rate, grown_rate, parse_rate, usual_burst
+from shpool.gate.limits import Lane, Limits, Usage, cut_rate, grown_rate, parse_rate, usual_burst
 from shpool.gate.segment import _PREFIX, SEGMENT_SIZE, Segment, own_descriptor, sweep_left
 
 if TYPE_CHECKING:
@@ -139,10 +139,33 @@ def test_no_span_of_time_holds_more_than_burst_and_rate_allow(
 
 
 def test_a_learned_rate_is_cut_and_grows() -> None:
-    assert cut_rate(math.inf, passed=20, seconds=2.0) == pytest.approx(7.0)
-    assert cut_rate(8.0, passed=20, seconds=2.0) == pytest.approx(5.6), "not more than it was"
-    assert cut_rate(8.0, passed=0, seconds=100.0) == pytest.approx(1 / 60), "and never to a stop"
+    assert cut_rate(None, 10.0) == pytest.approx(7.0)
+    assert cut_rate(8.0, 10.0) == pytest.approx(5.6), "not more than it was"
+    assert cut_rate(8.0, None) == pytest.approx(5.6), "too few requests tell nothing"
+    assert cut_rate(None, None) is None
+    assert cut_rate(8.0, 0.001) == pytest.approx(1 / 60), "and never to a stop"
     assert grown_rate(6.0, 5.0) == pytest.approx(8.0)
+
+
+def test_a_rate_far_above_what_is_used_is_forgotten() -> None:
+    assert grown_rate(1.0, 86_400.0, used=1000.0) == pytest.approx(5761.0)
+    assert grown_rate(1.0, 86_400.0, used=100.0) is None
+    assert grown_rate(1.0, 100.0) is not None
+    assert grown_rate(1.0, 110.0) is None
+
+
+def test_what_the_server_took_is_counted_over_busy_time() -> None:
+    usage = Usage()
+    for number in range(10):
+        usage = usage.with_one(asked=100.0 + number, moment=100.5 + number)
+    assert usage.rate(109.5) == pytest.approx(10 / 9)
+    assert usage.rate(NEVER) == pytest.approx(10 / 10), "of a silence no more than a second counts"
+    assert usage.with_one(NEVER, NEVER + 90.0).busy == pytest.approx(100.0), "a wait does"
+    assert usage._replace(passed=7.0).rate(109.5) is None
+    for _ in range(1000):
+        usage = usage.with_one(usage.last, usage.last + 0.01)
+    assert usage.busy < 10.1
+    assert usage.rate(usage.last) == pytest.approx(100, rel=0.3), "what went lately"
 
 
 # On a clock of its own
@@ -302,7 +325,7 @@ def test_repeated_refusals_teach_a_rate_that_recovers(watch: Stopwatch) -> None:
         watch.sleep(0.1)
     ticket.heed(429, {"retry-after": "1"})
     learned = gate.stats().learned or 0.0
-    assert learned == pytest.approx(0.7 * 20 / 3.0)
+    assert learned == pytest.approx(0.7 * 20 / 2.0)
     ticket.heed(429, {"retry-after": "1"})
     assert gate.stats().learned == learned, "an echo teaches nothing"
     assert gate.stats().refusals == 2
@@ -311,6 +334,143 @@ def test_repeated_refusals_teach_a_rate_that_recovers(watch: Stopwatch) -> None:
     steps = moments(gate, watch, 12)
     assert steps[-1] - steps[-2] == pytest.approx(1 / (2 * learned), rel=0.2)
     assert "learned" in repr(gate)
+
+
+def use(gate: Gate, watch: Stopwatch, count: int, every: float) -> Ticket:
+    """Send requests that take so long each; return the last one's ticket."""
+    for _ in range(count):
+        ticket = gate.acquire()
+        watch.sleep(every)
+    return ticket
+
+
+def test_a_silence_before_a_refusal_does_not_count_against_the_rate(watch: Stopwatch) -> None:
+    gate = gate_on(watch)
+    gate.acquire().heed(429, {"retry-after": "1"})
+    watch.sleep(600)
+    use(gate, watch, 8, every=0.1).heed(429, {"retry-after": "1"})
+    assert (gate.stats().learned or 0.0) > 2
+
+
+def test_waits_follow_a_learned_rate_as_it_grows(watch: Stopwatch) -> None:
+    gate = gate_on(watch)
+    gate.acquire().heed(429, {"retry-after": "1"})
+    watch.sleep(2)
+    use(gate, watch, 8, every=0.1)
+    for _ in range(30):
+        gate.pause(0, learn=True)
+    learned = gate.stats().learned or 0.0
+    assert learned == pytest.approx(1 / 60)
+    gate.acquire().release()
+    waited = moments(gate, watch, 1)[0]
+    assert waited < 0.75 / learned, "less than at the rate of when it began to wait"
+
+
+def test_a_learned_rate_that_is_not_used_is_forgotten(watch: Stopwatch) -> None:
+    gate = gate_on(watch)
+    gate.acquire().heed(429, {"retry-after": "1"})
+    watch.sleep(2)
+    use(gate, watch, 20, every=0.1).heed(429, {"retry-after": "1"})
+    watch.sleep(10)
+    assert gate.stats().learned is not None
+    watch.sleep(86_400)
+    assert gate.stats().learned is None
+    assert moments(gate, watch, 50) == [0.0] * 50
+
+
+def test_a_503_teaches_no_rate(watch: Stopwatch) -> None:
+    gate = gate_on(watch)
+    gate.acquire().heed(503, {"retry-after": "1"})
+    watch.sleep(2)
+    use(gate, watch, 20, every=0.1).heed(503, {"retry-after": "1"})
+    assert (gate.stats().learned, gate.stats().refusals, gate.stats().pauses) == (None, 0, 2)
+
+
+def test_an_echo_that_asks_for_no_more_changes_nothing(watch: Stopwatch) -> None:
+    gate = gate_on(watch, "5/s")
+    first, echo = gate.acquire(), gate.acquire()
+    first.heed(429, {"retry-after": "1"})
+    watch.sleep(1.0)
+    ticket = gate.acquire()
+    waiting = gate.try_acquire()
+    assert waiting.due_in() == pytest.approx(0.2)
+    echo.heed(429, {"retry-after": "0"})
+    assert waiting.due_in() == pytest.approx(0.2), "its moment is good still"
+    assert (gate.stats().pauses, gate.stats().paused_for) == (1, 0.0)
+    ticket.release()
+
+
+def test_a_shorter_pause_does_not_end_a_longer_one(watch: Stopwatch) -> None:
+    gate = gate_on(watch, "5/s")
+    gate.pause(5)
+    gate.pause(1)
+    assert gate.stats().paused_for == pytest.approx(5)
+    assert moments(gate, watch, 1) == [pytest.approx(5.0)]
+
+
+def test_a_refund_from_before_a_pause_is_void(watch: Stopwatch) -> None:
+    gate = gate_on(watch, units="1/s")
+    ticket = gate.acquire(cost=3)
+    gate.pause(1)
+    ticket.settle(0.5)
+    assert moments(gate, watch, 1) == [pytest.approx(1.0)], "nothing may go in the pause"
+    assert moments(gate, watch, 1) == [pytest.approx(1.0)], "and one after another behind it"
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -1, -0.001])
+def test_numbers_out_of_range_are_refused(number: float) -> None:
+    gate = Gate("5/s")
+    for call in (gate.acquire, gate.try_acquire, gate.pause, gate.acquire().settle):
+        with pytest.raises(ValueError, match="must be a finite number from 0"):
+            call(number)
+
+
+@pytest.mark.parametrize("number", [True, "1", None, [1]])
+def test_what_is_no_number_is_refused(number: Any) -> None:
+    gate = Gate("5/s")
+    for call in (gate.acquire, gate.try_acquire, gate.pause, gate.acquire().settle):
+        with pytest.raises(TypeError, match="must be a number, not"):
+            call(number)
+
+
+def test_a_pause_by_date_begins_before_the_date_is_read(watch: Stopwatch) -> None:
+    gate = gate_on(watch)
+    gate.acquire().heed(503, {"Retry-After": "Fri, 01 Jan 2100 00:00:00 GMT"})
+    assert gate.stats().paused_for == pytest.approx(120)
+    assert gate.stats().pauses == 1
+    gate.acquire().heed(429, {"Retry-After": "Thu, 01 Jan 1970 00:00:00 GMT"})
+    assert gate.stats().paused_for == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_a_refusal_is_heeded_without_importing_anything_first(child_env: dict[str, str]) -> None:
+    code = """
+import sys
+from shpool.gate import Gate
+gate = Gate()
+ticket = gate.acquire()
+before = set(sys.modules)
+ticket.heed(429, {"retry-after": "3"})
+gate.try_acquire().due_in()
+sys.exit(str(set(sys.modules) - before) if set(sys.modules) - before else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=child_env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_header_names_compare_without_case(watch: Stopwatch) -> None:
+    gate = gate_on(watch, units="1/s")
+    gate.acquire().heed(429, {"Retry-After": "3", "X-ProcessingUnits-Spent": "0.5"})
+    assert gate.stats().paused_for == pytest.approx(3)
+
+
+def test_the_gate_knows_what_a_number_counts(watch: Stopwatch) -> None:
+    gate = gate_on(watch)
+    gate.retry_after_unit = "ms"
+    gate.acquire().heed(429, {"retry-after": "1500"})
+    assert gate.stats().paused_for == pytest.approx(1.5)
+    gate.acquire().heed(429, {"retry-after": "3"}, "s")
+    assert gate.stats().paused_for == pytest.approx(3)
 
 
 def test_a_rate_that_was_given_is_kept_whatever_is_refused(watch: Stopwatch) -> None:

@@ -132,6 +132,18 @@ def test_a_collected_session_has_a_gate_of_its_own(server: LoopbackServer, memor
         assert session.gate.stats().requests is None
 
 
+def test_by_hand_too_a_number_in_retry_after_counts_what_it_does_at_the_provider(server: LoopbackServer) -> None:
+    session = OAuthSession(server.token_url, server.client_id, server.client_secret, retry_after_unit="ms")
+    with AuthenticatedProcessPool(session, engine="inline") as pool:
+        assert 1.0 < pool.submit(paused_by_hand).result() < 3.5
+
+
+def paused_by_hand() -> float:
+    with current_session().gate.acquire() as ticket:
+        ticket.heed(429, {"Retry-After": "3500"})
+    return gate_stats().paused_for
+
+
 # The client
 
 

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from multiprocessing.reduction import DupFd
 from typing import TYPE_CHECKING, Any
 
-from shpool.gate.limits import Lane, Limits, cut_rate, grown_rate, preset, usual_burst
+from shpool.gate.limits import Lane, Limits, Usage, checked_number, cut_rate, grown_rate, preset, usual_burst
 from shpool.gate.segment import (
+    BUSY,
     CUT,
     CUT_AT,
     EPOCH,
+    LAST,
     LEASED,
     NOT_BEFORE,
     PASSED,
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from typing_extensions import Self
+
+    from shpool.retry import RetryAfterUnit
 
     Lanes = list[tuple[int, Lane, float]]  # a lane's word, the lane, and what a ticket costs there
 
@@ -105,7 +109,13 @@ class Gate:
         ValueError: A limit is no such text or number, or out of range.
         GateInUseError: Running processes share the name with other limits.
         BoardError: The shared memory cannot be used.
+
+    Attributes:
+        retry_after_unit: What a number in ``Retry-After`` counts, where ``ticket.heed`` is not told; a shared session
+            sets it to what its provider counts, ``s`` or ``ms``.
     """
+
+    retry_after_unit: RetryAfterUnit = "s"
 
     def __init__(
         self,
@@ -161,7 +171,8 @@ class Gate:
             cost: Processing units it will cost, as far as that is known.
 
         Raises:
-            ValueError: The cost is negative.
+            ValueError: The cost is less than 0, or not finite.
+            TypeError: It is no number.
         """
         ticket = self.try_acquire(cost)
         try:
@@ -178,10 +189,7 @@ class Gate:
         Args:
             cost: As for ``acquire``.
         """
-        if not 0.0 <= cost < math.inf:
-            msg = f"cost must be a number of processing units from 0, not {cost!r}"
-            raise ValueError(msg)
-        return Ticket(self, cost)
+        return Ticket(self, checked_number(cost, "cost"))
 
     def advance(self, ticket: Ticket) -> float:
         """Return the seconds until a ticket may be used, or until it is worth another look; 0 once it may be."""
@@ -232,12 +240,24 @@ class Gate:
         ticket.counts = tuple((word, lane.tat, lane.tat_after(moment, cost)) for word, lane, cost in lanes)
         for word, _, tat in ticket.counts:
             self._segment.store_tat(word, tat)
-        floats[PASSED] += 1.0
+        if math.isinf(self._limits.requests):
+            self._note_usage(min(ticket.counted, moment), moment, now)
         if moment - ticket.counted > _WORTH_COUNTING:
             floats[WAITS] += not ticket.waited
             floats[WAITED] += moment - ticket.counted
             ticket.waited, ticket.counted = True, moment
         ticket.moment, ticket.epoch = moment, self._segment.integers[EPOCH]
+
+    def _note_usage(self, asked: float, moment: float, now: float) -> None:
+        """Note what goes, from which a rate may have to be learned, or forgotten."""
+        floats = self._segment.floats
+        floats[PASSED], floats[BUSY], floats[LAST] = self._usage().with_one(asked, moment)
+        if floats[CUT] and self._learned(now) is None:
+            floats[CUT] = 0.0
+
+    def _usage(self) -> Usage:
+        floats = self._segment.floats
+        return Usage(floats[PASSED], floats[BUSY], floats[LAST])
 
     def _withdraw(self, ticket: Ticket) -> None:
         """Give the slot of a ticket that is to queue again to those before it: they could not go while it waits."""
@@ -267,7 +287,9 @@ class Gate:
         learned = self._learned(now)
         if learned is None:
             return self._segment.lane(REQUESTS) if self._limits.requests < math.inf else None
-        return self._segment.lane(REQUESTS)._replace(rate=learned, burst=usual_burst(learned))
+        floats, burst = self._segment.floats, usual_burst(learned)
+        latest = max(floats[LAST], floats[NOT_BEFORE]) + burst / learned  # whatever the rate was when that was counted
+        return Lane(learned, burst, min(self._segment.lane(REQUESTS).tat, latest))
 
     def _units_lane(self) -> Lane | None:
         return self._segment.lane(UNITS) if self._limits.units < math.inf else None
@@ -275,13 +297,18 @@ class Gate:
     def _learned(self, now: float) -> float | None:
         """Return the rate that refusals have taught, None where they have not."""
         cut, at = self._segment.floats[CUT], self._segment.floats[CUT_AT]
-        return grown_rate(cut, max(0.0, now - at)) if cut else None
+        return grown_rate(cut, max(0.0, now - at), self._usage().rate(now)) if cut else None
 
     def settle(self, ticket: Ticket, spent: float) -> None:
         """Count what a request has really cost in place of what was reckoned.
 
         A refund of what was reckoned before a pause is void with all else of before.
+
+        Raises:
+            ValueError: It is less than 0, or not finite.
+            TypeError: It is no number.
         """
+        spent = checked_number(spent, "spent")
         more, ticket.cost = spent - ticket.cost, spent
         if not more or ticket.moment is None:
             return
@@ -299,9 +326,14 @@ class Gate:
             ticket: Of the request whose answer asked for it. Refusals of requests that were sent before an earlier
                 one was heard are its echoes: they may make the pause longer, and teach nothing.
             learn: The rate was too high.
+
+        Raises:
+            ValueError: The seconds are less than 0, or not finite.
+            TypeError: They are no number.
         """
+        seconds = min(checked_number(seconds, "seconds"), LONGEST_PAUSE)
         now = self._clock()
-        until = now + min(max(seconds, 0.0), LONGEST_PAUSE)
+        until = now + seconds
         with self._segment:
             is_news = ticket is None or ticket.epoch == self._segment.integers[EPOCH]
             if is_news:
@@ -309,22 +341,21 @@ class Gate:
             if is_news or until > self._segment.floats[NOT_BEFORE]:
                 self._hold_until(until, now)
         if is_news:
-            level = logging.WARNING if until - now >= _WORTH_A_WARNING else logging.INFO
-            logger.log(level, "the account pauses: no request goes for %.1f s", until - now)
+            level = logging.WARNING if seconds >= _WORTH_A_WARNING else logging.INFO
+            logger.log(level, "the account pauses: no request goes for %.1f s", seconds)
 
     def _note_refusal(self, now: float, *, learn: bool) -> None:
         floats = self._segment.floats
         floats[PAUSES] += 1.0
         floats[REFUSALS] += learn
-        if learn and self._segment.integers[EPOCH] and math.isinf(self._limits.requests):
-            floats[CUT] = cut_rate(self._learned(now) or math.inf, floats[PASSED], now - floats[NOT_BEFORE])
+        if learn and math.isinf(self._limits.requests):
+            floats[CUT] = cut_rate(self._learned(now), self._usage().rate(now)) or 0.0
             floats[CUT_AT] = now
 
     def _hold_until(self, until: float, now: float) -> None:
         """Begin an epoch in which nothing goes before that moment, and all buckets are empty then."""
         floats = self._segment.floats
         floats[NOT_BEFORE] = until = max(until, floats[NOT_BEFORE])
-        floats[PASSED] = 0.0
         self._segment.integers[EPOCH] += 1
         for word, lane in ((REQUESTS, self._requests_lane(now)), (UNITS, self._units_lane())):
             if lane is not None:

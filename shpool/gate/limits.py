@@ -19,7 +19,11 @@ The rules:
     it requests go at the rate, without a burst.
  6. Where no rate was given, refusals teach one: a refusal cuts it to 70 % of what the server took until then, and
     without one it grows by as much as doubles it in 15 s (additive increase, multiplicative decrease: Chiu and Jain
-    1989). A rate that was given is kept to as it is.
+    1989). What waits follows it: no wait is reckoned at a rate of before. A rate that was given is kept to as it is.
+ 7. What the server took is counted over busy time: from when somebody asked to its moment, so pauses count, and at most
+    a second of each silence in which nobody asked. It is what went lately: both counts are halved from 10 s on. Fewer
+    than 8 requests tell nothing.
+ 8. A rate that has grown to 8 times what is used is forgotten: it holds nobody back.
 """
 
 from __future__ import annotations
@@ -48,6 +52,10 @@ _CUT = 0.7
 _DOUBLES_IN = 15.0  # s
 _LEAST = 1 / 60  # per second: what a learned rate never falls below
 _LEAST_SPAN = 1.0  # s in which what a server took is measured, lest a burst passes for a rate
+_LONGEST_IDLE = 1.0  # s; rule 7, as the following
+_WINDOW = 10.0  # s
+_LEAST_SAMPLE = 8.0  # requests
+_FORGOTTEN_AT = 8.0  # times what is used; rule 8
 
 
 def parse_rate(text: str, name: str = "rate") -> float:
@@ -196,28 +204,94 @@ class Lane(NamedTuple):
         return moment + (self.burst - 1.0) / self.rate
 
 
-def cut_rate(learned: float, passed: float, seconds: float) -> float:
-    """Return the rate after a refusal (rule 6).
+class Usage(NamedTuple):
+    """What the server took lately (rule 7).
+
+    Attributes:
+        passed: Requests that went.
+        busy: Seconds of busy time in which they did.
+        last: The last one's moment; 0 for none.
+    """
+
+    passed: float = 0.0
+    busy: float = 0.0
+    last: float = 0.0
+
+    def with_one(self, asked: float, moment: float) -> Usage:
+        """Return it with one request more.
+
+        Args:
+            asked: When somebody asked to send it.
+            moment: When it may go.
+
+        >>> Usage(passed=3, busy=2.0, last=10.0).with_one(asked=600.0, moment=600.5)
+        Usage(passed=4.0, busy=3.5, last=600.5)
+        """
+        busy = self.busy + self._busy_until(asked, moment)
+        fading = 0.5 if busy > _WINDOW and self.passed > 2 * _LEAST_SAMPLE else 1.0
+        return Usage(self.passed * fading + 1.0, busy * fading, max(self.last, moment))
+
+    def rate(self, now: float) -> float | None:
+        """Return requests per second of busy time, None where too few went to tell."""
+        if self.passed < _LEAST_SAMPLE:
+            return None
+        return self.passed / max(self.busy + self._busy_until(now, now), _LEAST_SPAN)
+
+    def _busy_until(self, asked: float, moment: float) -> float:
+        if not self.last:
+            return 0.0
+        idle = max(0.0, asked - self.last)
+        return min(idle, _LONGEST_IDLE) + max(0.0, moment - max(asked, self.last))
+
+
+def cut_rate(learned: float | None, taken: float | None) -> float | None:
+    """Return the rate after a refusal (rule 6), None where nothing is known of one.
 
     Args:
-        learned: The rate it came at, per second; infinite where none was known.
-        passed: Requests sent since the last pause.
-        seconds: Since then.
+        learned: The rate it came at, per second; None where none was known.
+        taken: What the server took; None where that is not known.
 
-    >>> cut_rate(math.inf, passed=100, seconds=10.0)
+    >>> cut_rate(None, taken=10.0)
     7.0
     """
-    taken = passed / max(seconds, _LEAST_SPAN)
-    return max(_CUT * min(learned, taken), _LEAST)
+    known = [rate for rate in (learned, taken) if rate is not None]
+    return max(_CUT * min(known), _LEAST) if known else None
 
 
-def grown_rate(cut: float, seconds: float) -> float:
-    """Return what a rate has grown to so long after a cut (rule 6).
+def grown_rate(cut: float, seconds: float, used: float | None = None) -> float | None:
+    """Return what a rate has grown to so long after a cut (rule 6), None for one that is to be forgotten (rule 8).
+
+    Args:
+        cut: To which it was cut.
+        seconds: Since then.
+        used: Requests per second that go; None where that is not known.
 
     >>> grown_rate(7.0, 15.0)
     14.0
     """
-    return cut * (1.0 + seconds / _DOUBLES_IN)
+    grown = cut * (1.0 + seconds / _DOUBLES_IN)
+    return grown if grown < _FORGOTTEN_AT * max(cut, used or 0.0) else None
+
+
+def checked_number(number: object, name: str) -> float:
+    """Return a number from 0.
+
+    Args:
+        number: What was given for one.
+        name: What to call it in errors.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is less than 0, or not finite.
+    """
+    if isinstance(number, bool) or not hasattr(number, "__float__"):
+        msg = f"{name} must be a number, not {type(number).__name__}"
+        raise TypeError(msg)
+    value = float(number)
+    if not 0.0 <= value < math.inf:
+        msg = f"{name} must be a finite number from 0, not {number!r}"
+        raise ValueError(msg)
+    return value
 
 
 def _checked_connections(connections: int | None) -> int:

@@ -5,8 +5,8 @@ The rules, all of them:
  1. A segment is one of fixed size: words of eight bytes, then a byte for each connection slot. It is apart from the
     board: workers write to it, and never to the board.
  2. The words are: epoch, magic, connections, next number, checked, not before, cut, cut at, passed, looked, two lanes
-    (rate, burst, TAT), four counters, leased (by), and 128 places of waiters (numbers, then looks). Moments are seconds of the
-    monotonic clock, which all processes of a machine share.
+    (rate, burst, TAT), four counters, busy, last, leased, and 128 places of waiters (numbers, then looks). Moments are
+    seconds of the monotonic clock, which all processes of a machine share.
  3. Epoch 0 means that there is nothing to obey: no limits, and no refusal yet. It is all that a free gate reads.
     Every pause raises it; a moment that was given out in another epoch is void.
  4. Words are changed under the mutex. It is a lock on a byte that belongs to an open file (fcntl(2), F_OFD_SETLK): the
@@ -61,13 +61,13 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-MAGIC = int.from_bytes(b"shgate\0\1", sys.byteorder)
+MAGIC = int.from_bytes(b"shgate\0\2", sys.byteorder)
 
 EPOCH, _MAGIC, _CONNECTIONS, _NUMBER = 0, 1, 2, 3  # integers; all that follows are floats but the places' numbers
 CHECKED, NOT_BEFORE, CUT, CUT_AT, PASSED, LOOKED = 4, 5, 6, 7, 8, 9
 REQUESTS, UNITS = 10, 13  # lanes of three words
 WAITS, WAITED, REFUSALS, PAUSES = 16, 17, 18, 19
-LEASED = 22
+BUSY, LAST, LEASED = 20, 21, 22
 _TAT = 2  # offset in a lane
 _PLACES = 128
 _FIRST_NUMBER, _FIRST_LOOK = 32, 32 + _PLACES

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from types import TracebackType
 
     from typing_extensions import Self
@@ -14,14 +15,18 @@ if TYPE_CHECKING:
     from shpool.retry import RetryAfterUnit
 
     class Fields(Protocol):
-        """Header fields of an answer: a mapping whose names are lower case, or compare without case."""
+        """Header fields of an answer: a mapping of names to values."""
 
         def get(self, name: str, /) -> str | None:
             """Return a field, None where there is none."""
 
+        def items(self) -> Iterable[tuple[str, str]]:
+            """Return names and values."""
 
-_UNTOLD = 1.0  # s; a 429 that does not say how long
+
+_UNTOLD = 1.0  # s; a 429 that does not say how long, and one that says it by a date before that is read
 _TOO_MANY, _UNAVAILABLE = 429, 503
+_RETRY_AFTER = "retry-after"
 _SPENT = "x-processingunits-spent"  # as Sentinel Hub and the Copernicus Data Space name it
 
 
@@ -44,7 +49,13 @@ class Terms(NamedTuple):
 
 
 class AccountGate(Protocol):
-    """What holds requests back; the one in shared memory, or what an engine brings elsewhere."""
+    """What holds requests back; the one in shared memory, or what an engine brings elsewhere.
+
+    Attributes:
+        retry_after_unit: What a number in ``Retry-After`` counts, where an answer's ticket is not told.
+    """
+
+    retry_after_unit: RetryAfterUnit
 
     def acquire(self, cost: float = 1.0) -> Ticket:
         """Wait until one more request may be sent; return the leave to do so."""
@@ -111,26 +122,34 @@ class Ticket:
         """Count what the request has really cost, in processing units."""
         self._gate.settle(self, spent)
 
-    def heed(self, status: int, fields: Fields, unit: RetryAfterUnit = "s") -> None:
+    def heed(self, status: int, fields: Fields, unit: RetryAfterUnit | None = None) -> None:
         """Do what an answer says: settle the cost, or pause everybody.
 
         Args:
             status: HTTP status.
-            fields: Header fields.
-            unit: What a number in ``Retry-After`` counts at this provider.
+            fields: Header fields; names compare without case.
+            unit: What a number in ``Retry-After`` counts at this provider; None for what the gate says.
         """
-        spent = _number(fields.get(_SPENT))
+        spent = _number(_field(fields, _SPENT))
         if spent is not None:
             self._gate.settle(self, spent)
         if status not in {_TOO_MANY, _UNAVAILABLE}:
             return
-        from shpool.retry import parse_retry_after  # not before a refusal: workers start the sooner
-
-        seconds = parse_retry_after(fields.get("retry-after"), now=time.time(), unit=unit)
-        if seconds is None and status == _TOO_MANY:
-            seconds = _UNTOLD
+        text, learn = _field(fields, _RETRY_AFTER), status == _TOO_MANY
+        seconds = _number(text)
         if seconds is not None:
-            self._gate.pause(seconds, self, learn=status == _TOO_MANY)
+            is_ms = (unit or self._gate.retry_after_unit) == "ms"
+            self._gate.pause(seconds / 1000.0 if is_ms else seconds, self, learn=learn)
+        elif learn or text:
+            self._gate.pause(_UNTOLD, self, learn=learn)  # at once: what reads dates takes long to import
+            self._heed_date(text)
+
+    def _heed_date(self, text: str | None) -> None:
+        """Make the pause as long as a date says; the gate knows this for an echo."""
+        if text:
+            from shpool.retry import parse_retry_after
+
+            self._gate.pause(parse_retry_after(text, now=time.time()) or 0.0, self)
 
     def release(self) -> None:
         """Give it back: the request has ended. Harmless when repeated."""
@@ -185,6 +204,14 @@ class _Holder:
 
 
 unanswered = Unanswered()
+
+
+def _field(fields: Fields, name: str) -> str | None:
+    """Return a field by its name in lower case; a plain dict may hold it in another."""
+    value = fields.get(name)
+    if value is None and isinstance(fields, dict):
+        value = next((other for key, other in fields.items() if key.lower() == name), None)
+    return value
 
 
 def _number(text: str | None) -> float | None:
