@@ -13,13 +13,14 @@ The rules:
     ``BearerAuth`` hold their request, and the request its header: do not print these. Pickled, as the error of a task,
     they go without it.
  7. What carries the token goes through the gate (see ``transport``); with ``BearerAuth`` its first attempt and the one
-    after a 401 do, redirects within the origin do not.
+    after a 401 do, redirects within the origin do not. The token is the one of the moment after that wait.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import requests
@@ -29,7 +30,7 @@ from requests.structures import CaseInsensitiveDict
 from shpool.bearer import NEW_TOKEN_WITHIN, HostRule, lacks_scope
 from shpool.gate import unanswered
 from shpool.origins import host_of, is_loopback_host
-from shpool.transport import GatedAdapter, Passage, note_ticket
+from shpool.transport import GatedAdapter, Passage, note_ticket, renew_token
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -82,7 +83,7 @@ class BearerAuth(AuthBase):
             note_ticket(request, ticket)
             unanswered.expect(ticket)
             attempt.passage = Passage(self._gate, self._unit, ticket)
-        request.headers = _BearerHeaders(request.headers)
+        request.headers = _BearerHeaders(request.headers, attempt)
         request.headers["Authorization"] = attempt.header
         request.register_hook("response", attempt.take_answer)  # type: ignore[no-untyped-call]  # types-requests leaves it out
         return request
@@ -95,11 +96,19 @@ class _Attempt:
         self._holder = holder
         self._generation = token.generation
         self._position = position
+        self._has_answer = False
         self.header = f"Bearer {token.access_token}"
         self.passage: Passage | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
         return _NoAttempt, ()  # in a request of an error that travels; neither token nor session goes with it
+
+    def renew(self) -> str:
+        """Send the token of this moment, where the request had to wait; return its header."""
+        token = self._holder.token
+        if not self._has_answer:
+            self._generation, self.header = token.generation, f"Bearer {token.access_token}"
+        return f"Bearer {token.access_token}"
 
     def take_answer(self, response: requests.Response, **kwargs: Any) -> requests.Response:  # noqa: ANN401 - requests' hook
         """Heed an answer, and apply the 401 rule to it."""
@@ -116,6 +125,7 @@ class _Attempt:
         self._holder.report_refused(self._generation)
         if not self._rewind(request):
             return response
+        self._has_answer = True
         token = self._holder.wait_for_token(NEW_TOKEN_WITHIN, newer_than=self._generation)
         _ = response.content  # read to its end, so that the connection can be used again
         response.close()
@@ -123,6 +133,7 @@ class _Attempt:
         again = request.copy()
         if self.passage is not None:
             self.passage.enter()
+            renew_token(again)
         answer: requests.Response = response.connection.send(again, **kwargs)  # as requests' own digest auth does
         self._leave(answer, kwargs)
         answer.history.append(response)
@@ -154,7 +165,21 @@ class _NoAttempt:
 
 
 class _BearerHeaders(CaseInsensitiveDict[str]):
-    """Headers in which a password does not replace the token: requests looks into ~/.netrc at each redirect."""
+    """Headers whose token is renewed in all their copies, urllib3's too, and that no password replaces.
+
+    ``requests`` looks into ~/.netrc at each redirect.
+    """
+
+    def __init__(
+        self,
+        fields: Mapping[str, str] = MappingProxyType({}),
+        attempt: _Attempt | None = None,
+        copies: list[weakref.ref[_BearerHeaders]] | None = None,
+    ) -> None:
+        self._attempt = attempt
+        self._copies = [] if copies is None else copies
+        self._copies.append(weakref.ref(self))
+        super().__init__(fields)
 
     def __setitem__(self, key: str, value: str) -> None:
         if key.lower() != _AUTHORIZATION or key not in self or not str(value).startswith("Basic "):
@@ -165,7 +190,22 @@ class _BearerHeaders(CaseInsensitiveDict[str]):
 
     def copy(self) -> _BearerHeaders:
         """Return a copy that guards the token too."""
-        return _BearerHeaders(dict(self.items()))
+        return _BearerHeaders(dict(self.items()), self._attempt, self._copies)
+
+    def renew(self) -> None:
+        """Replace the token by that of the moment, wherever it still stands."""
+        old = self.get(_AUTHORIZATION)
+        if self._attempt is None or old is None:
+            return
+        new = self._attempt.renew()
+        for headers in [copy() for copy in self._copies] if new != old else ():
+            if headers is not None and headers.get(_AUTHORIZATION) == old:
+                headers["Authorization"] = new
+
+    def forget(self) -> None:
+        """Know of no token any more."""
+        self._attempt = None
+        self.pop(_AUTHORIZATION, None)
 
 
 class HTTPClient(requests.Session):
@@ -225,6 +265,8 @@ class HTTPClient(requests.Session):
 def _strip(request: Any) -> None:  # noqa: ANN401 - a request, prepared or not
     """Take the token out of a request that was sent, and the hooks, which hold it for the next one."""
     request.headers.pop(_AUTHORIZATION, None)
+    if isinstance(request.headers, _BearerHeaders):
+        request.headers.forget()
     request.hooks = {"response": []}
 
 

@@ -6,6 +6,7 @@ The rules:
  2. What an answer says is heeded before anything else is done about it, so that the others pause at once.
  3. A connection slot is held until the body has been read, or the answer is closed or forgotten; never while a
     request waits for its next attempt.
+ 4. Waits may be longer than a token lives, so each attempt is sent with the token of the moment after its wait.
 """
 
 from __future__ import annotations
@@ -39,12 +40,20 @@ class Passage:
         gate: The gate.
         unit: What a number in ``Retry-After`` counts.
         ticket: The one it has already, if any.
+        request: Whose token is to be renewed after each wait; None for one whose sender does so.
     """
 
-    def __init__(self, gate: AccountGate, unit: RetryAfterUnit, ticket: Ticket | None = None) -> None:
+    def __init__(
+        self,
+        gate: AccountGate,
+        unit: RetryAfterUnit,
+        ticket: Ticket | None = None,
+        request: requests.PreparedRequest | None = None,
+    ) -> None:
         self._gate = gate
         self._unit = unit
         self._ticket = ticket
+        self._request = request
         self._is_heeded = False
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -55,6 +64,8 @@ class Passage:
         self.leave()
         self._ticket = self._gate.acquire()
         self._is_heeded = False
+        if self._request is not None:
+            renew_token(self._request)
 
     def heed(self, response: Any) -> None:  # noqa: ANN401 - urllib3's or requests'
         """Do what the answer to an attempt says, once."""
@@ -95,6 +106,13 @@ def _call_at_end(raw: Any, ticket: Ticket) -> None:  # noqa: ANN401 - urllib3's 
 def note_ticket(request: requests.PreparedRequest, ticket: Ticket) -> None:
     """Remember with a request that it has been let through."""
     setattr(request, _TICKET, ticket)
+
+
+def renew_token(request: requests.PreparedRequest) -> None:
+    """Have a request carry the token of this moment, if its auth object has made its headers able to."""
+    renew = getattr(request.headers, "renew", None)
+    if renew is not None:
+        renew()
 
 
 class BoundedRetry(Retry):
@@ -177,7 +195,7 @@ class GatedAdapter(HTTPAdapter):
         if self._gate is None or not bearer.startswith("Bearer "):
             return super().send(request, stream=stream, **kwargs)
         ticket: Ticket | None = vars(request).pop(_TICKET, None)
-        passage = self._now.passage = Passage(self._gate, self._unit, ticket)
+        passage = self._now.passage = Passage(self._gate, self._unit, ticket, request)
         try:
             if ticket is None:
                 passage.enter()

@@ -53,6 +53,7 @@ class Echo:
         self.refusal = refusal
         self.seen: list[tuple[str, str | None, bytes]] = []
         self.redirect_to = ""
+        self.failures: list[int] = []  # statuses that the next requests are answered
 
     @contextlib.contextmanager
     def running(self) -> Iterator[str]:
@@ -67,7 +68,8 @@ class Echo:
                 echo.seen.append((self.path, bearer, body))
                 is_known = bearer in {f"Bearer {text}" for text in echo.accepted}
                 redirect = echo.redirect_to if self.path == "/redirect" else ""
-                self.send_response(302 if redirect else 200 if is_known else 401)
+                failure = echo.failures.pop(0) if echo.failures else 0
+                self.send_response(failure or (302 if redirect else 200 if is_known else 401))
                 if redirect:
                     self.send_header("Location", redirect)
                 elif not is_known:

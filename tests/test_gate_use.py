@@ -20,7 +20,7 @@ from shpool.downloads import download
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from shpool.gate import GateStats
+    from shpool.gate import GateStats, Ticket
     from shpool.testing import LoopbackServer
 
 
@@ -228,6 +228,43 @@ def test_each_attempt_goes_through_the_gate_and_the_first_refusal_is_heeded_at_o
     assert second - first >= 1
     assert third - second >= 1
     gate.close()
+
+
+class LongGate(Gate):
+    """A gate in which each wait outlives the token."""
+
+    def __init__(self, holder: Holder) -> None:
+        super().__init__()
+        self._holder = holder
+
+    def acquire(self, cost: float = 1.0) -> Ticket:
+        self._holder.token = self._holder._next(self._holder.token.generation + 1)
+        return super().acquire(cost)
+
+
+def test_each_attempt_carries_the_token_of_the_moment_after_its_wait() -> None:
+    holder, echo = Holder("invented-a", "invented-b", "invented-c"), Echo("invented-c")
+    echo.failures = [503]
+    with contextlib.closing(LongGate(holder)) as gate, HTTPClient(holder, gate=gate) as http, echo.running() as url:
+        answer = in_time(http.get, url)
+    assert answer.status_code == 200
+    assert [bearer for _, bearer, _ in echo.seen] == ["Bearer invented-b", "Bearer invented-c"]
+    assert "Authorization" not in answer.request.headers
+    assert holder.reports == []
+
+
+@pytest.mark.parametrize("kind", ["client", "auth"])
+def test_a_refused_token_that_was_renewed_in_the_gate_is_reported_as_what_it_was(kind: str) -> None:
+    texts = [f"invented-{letter}" for letter in "abcde"]
+    holder, echo = Holder(*texts), Echo("invented-d")
+    with contextlib.closing(LongGate(holder)) as gate, HTTPClient(holder, gate=gate) as http, echo.running() as url:
+        if kind == "client":
+            answer = in_time(http.get, url)
+        else:
+            answer = in_time(requests.get, url, auth=BearerAuth(holder, gate), timeout=30)
+    assert answer.status_code == 200
+    assert [bearer for _, bearer, _ in echo.seen] == ["Bearer invented-b", "Bearer invented-d"]
+    assert holder.reports == [2]
 
 
 def test_what_goes_without_the_token_needs_no_leave(gate: Gate) -> None:
