@@ -14,7 +14,8 @@
     │   ├── BoardInUseError        a living process shares under that name
     │   ├── ForeignBoardError      another user owns the segment, or may write to it
     │   ├── BoardLayoutError       not a board, or one of another shpool version
-    │   └── TornBoardError         no consistent record within the bound
+    │   ├── TornBoardError         no consistent record within the bound
+    │   └── GateUnusableError      the same of a gate's, or the system cannot keep limits
     ├── GateInUseError             others use the gate of that name with other limits
     ├── GateUnreachableError       a cluster's worker cannot ask the parent's gate
     ├── TaskError                  one task failed for a reason outside its function
@@ -268,6 +269,20 @@ class BoardLayoutError(BoardError):
 
 class TornBoardError(BoardError):
     """No consistent record could be read within the bound."""
+
+
+class GateUnusableError(BoardError):
+    """The gate's shared memory cannot be used, or the system lacks the locks that limits need.
+
+    Args:
+        name: The gate's name, empty for none.
+        detail: What is wrong with it.
+    """
+
+    def __str__(self) -> str:
+        if not self.name:
+            return f"the gate cannot be used: {self.detail}"
+        return f"gate {self.name!r} cannot be used: {self.detail}; choose another name, or give none"
 
 
 class GateInUseError(ShpoolError, ValueError):

@@ -615,6 +615,9 @@ def _checked_gate(gate: Gate | str | None) -> Gate:
     if not isinstance(gate, Gate):
         msg = f"gate must be a Gate, the name of a provider or None, not {gate!r}"  # type: ignore[unreachable]  # callers without a type checker
         raise TypeError(msg)
+    if gate.is_closed:
+        msg = "the gate is closed; make a new one for this pool"
+        raise ValueError(msg)
     return gate
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from shpool.retry import RetryAfterUnit
 
 ATTEMPTS = 4  # as sentinelhub-py's max_download_attempts
-_LONGEST_RETRY_AFTER = 120.0  # s; a server that asks for more gets its answer to the caller instead
+_LONGEST_RETRY_AFTER = 120.0  # s; a server that asks for more is asked again then
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 _TICKET = "shpool_ticket"  # attribute of a request that an auth object has led through the gate already
 

@@ -65,8 +65,10 @@ class Enforcer:
 class Crowd:
     """Answer each request after a while, and count how many are there at once."""
 
-    def __init__(self, server: LoopbackServer, seconds: float) -> None:
+    def __init__(self, server: LoopbackServer, seconds: float, full: int = 0) -> None:
         self.now = self.most = self.served = 0
+        self.longest_short = 0.0  # s in which fewer than a full house were there, between two times of one
+        self._full, self._left = full, 0.0  # when the house was full last
         self.seconds_at: dict[int, float] = {}  # by how many were there
         self._since = 0.0  # of the first request
         endpoint = server._endpoints["data"]
@@ -88,7 +90,11 @@ class Crowd:
         if self._since:
             self.seconds_at[self.now] = self.seconds_at.get(self.now, 0.0) + now - self._since
         self._since = now
+        if self._full and self.now == self._full:
+            self._left = now
         self.now += change
+        if self.now == self._full and self._left:
+            self.longest_short = max(self.longest_short, now - self._left)
         self.most = max(self.most, self.now)
 
 
@@ -192,7 +198,7 @@ def connections(seconds: float = 8.0, most: int = 4) -> bool:
     gate = Gate(connections=most)
     with LoopbackServer() as server, AuthenticatedProcessPool(session_of(server), 16, gate=gate) as pool:
         warm(pool, server)
-        crowd = Crowd(server, 0.05)
+        crowd = Crowd(server, 0.05, most)
         begun = time.monotonic()
         ends = [pool.submit(ask_until, server.data_url(1, 10), begun + seconds) for _ in range(16)]
         counts = [end.result(PATIENCE + seconds)[0] for end in ends]
@@ -200,8 +206,13 @@ def connections(seconds: float = 8.0, most: int = 4) -> bool:
     total = sum(spent.values())
     shares = ", ".join(f"{number}: {span / total:.0%}" for number, span in spent.items())
     return told(
-        f"{crowd.served} requests, at most {crowd.most} at once; time by requests at once {shares}; by worker {counts}",
-        kept=crowd.most == most and min(counts) > 0 and gate.stats().connected == 0,
+        f"{crowd.served} requests, at most {crowd.most} at once; time by requests at once {shares}; "
+        f"fewer than {most} for {crowd.longest_short:.3f} s at a time at most; by worker {counts}",
+        kept=crowd.most == most
+        and min(counts) > 0
+        and gate.stats().connected == 0
+        and crowd.longest_short < 0.5
+        and spent.get(most, 0.0) > 0.8 * total,
     )
 
 

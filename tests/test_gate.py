@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from patience import NEVER, in_time, until
 
-from shpool.errors import BoardLayoutError, ForeignBoardError, GateInUseError
+from shpool.errors import GateInUseError, GateUnusableError
 from shpool.gate import PRESETS, Gate, Ticket
 from shpool.gate.limits import Lane, Limits, Usage, cut_rate, grown_rate, parse_rate, usual_burst
 from shpool.gate.segment import _PREFIX, SEGMENT_SIZE, Segment, own_descriptor, sweep_left
@@ -724,11 +724,11 @@ def test_what_is_no_gate_is_left_alone(memory_name: str) -> None:
     entry.write_bytes(b"something else")
     entry.chmod(0o600)
     try:
-        with pytest.raises(BoardLayoutError):
+        with pytest.raises(GateUnusableError, match=f"gate '{memory_name}' cannot be used: .* is no gate"):
             Gate("5/s", name=memory_name)
         assert entry.read_bytes() == b"something else"
         entry.chmod(0o666)
-        with pytest.raises(ForeignBoardError):
+        with pytest.raises(GateUnusableError, match="lets other users in; choose another name"):
             Gate("5/s", name=memory_name)
     finally:
         entry.unlink()
@@ -751,6 +751,31 @@ def test_a_forked_child_is_a_process_of_its_own() -> None:
     assert gate.try_acquire().due_in() == 0
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_keeps_the_name_when_its_parent_leaves(memory_name: str) -> None:
+    """Rule 10: it is present by itself."""
+    gate = Gate("5/s", name=memory_name)
+    ready, go = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(ready[1], b".")
+        os.read(go[0], 1)
+        gate.close()
+        os._exit(0)
+    try:
+        os.read(ready[0], 1)
+        gate.close()
+        with pytest.raises(GateInUseError):
+            Gate("6/s", name=memory_name)
+    finally:
+        os.write(go[1], b".")
+        os.waitpid(pid, 0)
+        for end in (*ready, *go):
+            os.close(end)
+    assert not (_SHM / (_PREFIX + memory_name)).exists()
+
+
 def test_nobody_can_resize_what_has_no_name() -> None:
     gate = Gate("5/s")
     with pytest.raises(PermissionError):
@@ -763,8 +788,49 @@ def test_a_closed_gate_tells_how_it_stood() -> None:
     ticket = gate.acquire()
     gate.close()
     gate.close()
+    assert gate.stats().connected == 0, "its slots went with it"
     ticket.release()
     assert gate.stats().requests == 5.0
+    with pytest.raises(ValueError, match="the gate is closed"):
+        gate.acquire()
+
+
+@pytest.mark.parametrize("connections", [None, 1])
+def test_who_waits_in_a_gate_that_is_closed_is_told(watch: Stopwatch, connections: int | None) -> None:
+    gate = gate_on(watch, connections=connections)
+    gate.pause(100)
+
+    def sleep(seconds: float) -> None:
+        watch.sleep(seconds)
+        gate.close()
+
+    gate._sleep = sleep
+    with pytest.raises(ValueError, match="the gate is closed"):
+        gate.acquire()
+    assert watch.now < 110
+
+
+@pytest.mark.slow
+def test_no_limit_is_promised_where_it_cannot_be_kept(child_env: dict[str, str]) -> None:
+    """As on macOS, whose fcntl knows no locks of open files."""
+    code = """
+import fcntl
+del fcntl.F_OFD_SETLK
+from shpool import Gate
+from shpool.errors import GateUnusableError
+for options in {"requests": "5/s"}, {"units": "5/s"}, {"connections": 4}, {"name": "account"}:
+    try:
+        Gate(**options)
+    except GateUnusableError as exc:
+        assert "no locks that belong to open files" in str(exc), exc
+    else:
+        raise AssertionError(options)
+gate = Gate()
+gate.acquire().heed(429, {"retry-after": "3"})
+assert gate.stats().paused_for > 0 and gate.try_acquire().due_in() > 0
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=child_env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_limits_say_themselves_in_words() -> None:

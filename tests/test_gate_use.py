@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import requests
 from cli_shell import Shell
-from patience import PATIENCE, in_time
+from patience import PATIENCE, in_time, until
 from test_client import Echo, Holder, login_at
 
 from shpool import AuthenticatedProcessPool, Gate, OAuthSession, SessionSharing, collect_shared_session, current_session
@@ -121,6 +122,10 @@ def test_what_is_no_gate_is_refused(server: LoopbackServer) -> None:
         AuthenticatedProcessPool(session_at(server), gate="banana")
     with pytest.raises(TypeError, match="gate must be a Gate"):
         AuthenticatedProcessPool(session_at(server), gate=5)  # type: ignore[arg-type]  # the mistake that is tested
+    closed = Gate()
+    closed.close()
+    with pytest.raises(ValueError, match="the gate is closed; make a new one"):
+        AuthenticatedProcessPool(session_at(server), gate=closed)
 
 
 def test_a_collected_session_has_a_gate_of_its_own(server: LoopbackServer, memory_name: str) -> None:
@@ -230,6 +235,30 @@ def test_each_attempt_goes_through_the_gate_and_the_first_refusal_is_heeded_at_o
     gate.close()
 
 
+@pytest.mark.slow
+def test_no_slot_is_held_while_a_request_waits_for_its_next_attempt(server: LoopbackServer, gate: Gate) -> None:
+    server.fail_next(1, 503, retry_after=2, at="data")
+    with HTTPClient(Holder(login_at(server)), gate=gate) as http:
+        thread = threading.Thread(target=http.get, args=[server.data_url(1)])
+        thread.start()
+        until(lambda: gate.stats().pauses and not gate.stats().connected)
+        assert len(data_times(server)) == 1, "the next attempt has not been sent yet"
+        thread.join()
+
+
+def test_the_client_counts_what_the_provider_counts(server: LoopbackServer, gate: Gate) -> None:
+    server.fail_next(1, 429, retry_after=100, at="data")
+    with HTTPClient(Holder(login_at(server)), "ms", gate) as http:
+        assert in_time(http.get, server.data_url(1)).status_code == 200
+
+
+def test_an_auth_object_counts_what_the_provider_counts(server: LoopbackServer, gate: Gate) -> None:
+    server.fail_next(1, 429, retry_after=100, at="data")
+    auth = BearerAuth(Holder(login_at(server)), gate, "ms")
+    assert in_time(requests.get, server.data_url(1), auth=auth, timeout=30).status_code == 429
+    assert in_time(requests.get, server.data_url(1), auth=auth, timeout=30).status_code == 200
+
+
 class LongGate(Gate):
     """A gate in which each wait outlives the token."""
 
@@ -303,6 +332,16 @@ def test_a_download_that_is_refused_pauses_the_account(server: LoopbackServer, t
         results = list(download(pool, [server.data_url(number) for number in range(5)], tmp_path / "got"))
         assert pool.stats().gate.pauses >= 1
     assert {result.status for result in results} == {"done"}
+
+
+@pytest.mark.slow
+def test_downloads_count_what_the_provider_counts(server: LoopbackServer, tmp_path: Path) -> None:
+    server.fail_next(1, 429, retry_after=500, at="data")
+    session = OAuthSession(server.token_url, server.client_id, server.client_secret, retry_after_unit="ms")
+    with AuthenticatedProcessPool(session, 1) as pool:
+        results = in_time(lambda: list(download(pool, [server.data_url(1)], tmp_path / "got")))
+        assert pool.stats().gate.pauses == 1
+    assert [result.status for result in results] == ["done"]
 
 
 @pytest.mark.slow

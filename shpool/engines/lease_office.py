@@ -168,9 +168,9 @@ class LeaseOffice:
     def _settle(self, ask: Ask) -> None:
         """Count what a worker's requests have cost and waited."""
         for epoch, units in ask.spent:
-            ticket = Ticket(self._gate, 0.0)
+            ticket = Ticket(self._gate, max(0.0, -units))
             ticket.moment, ticket.epoch = self._clock(), epoch
-            self._gate.settle(ticket, units)
+            self._gate.settle(ticket, max(0.0, units))
         if ask.waits or ask.waited:
             self._gate.count_waits(ask.waits, ask.waited)
 

@@ -17,11 +17,13 @@ from shpool.engines.leases import DRIFT, LATEST, LEASE, LONGEST_LEAD, LONGEST_SI
 from shpool.errors import GateUnreachableError
 from shpool.gate import Ticket
 from shpool.gate.gate import LONGEST_PAUSE, SPREAD
+from shpool.gate.limits import checked_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from shpool.gate import Terms
+    from shpool.retry import RetryAfterUnit
 
 _NAP = 0.02  # s until a ticket that waits for an answer is worth another look; a thread that waits is woken before
 _MOST_USES = 4096  # that are remembered; a block is never larger
@@ -83,6 +85,8 @@ class LeasedGate:
         tell: Sends an ``Ask`` to the driver; called in any thread, must not wait.
     """
 
+    retry_after_unit: RetryAfterUnit = "s"
+
     def __init__(self, tell: Callable[[bytes], object], *, clock: Callable[[], float] = time.monotonic) -> None:
         self._tell = tell
         self._clock = clock
@@ -123,7 +127,8 @@ class LeasedGate:
             cost: Processing units it will cost.
 
         Raises:
-            ValueError: The cost is negative.
+            ValueError: The cost is less than 0, or not finite.
+            TypeError: It is no number.
             GateUnreachableError: The driver does not answer.
         """
         ticket = self.try_acquire(cost)
@@ -138,10 +143,7 @@ class LeasedGate:
 
     def try_acquire(self, cost: float = 1.0) -> Ticket:
         """Return a ticket at once; its ``due_in()`` tells when it may be used."""
-        if not 0.0 <= cost < math.inf:
-            msg = f"cost must be a number of processing units from 0, not {cost!r}"
-            raise ValueError(msg)
-        return Ticket(self, cost)
+        return Ticket(self, checked_number(cost, "cost"))
 
     def advance(self, ticket: Ticket) -> float:
         """Return the seconds until a ticket may be used, or until it is worth another look; 0 once it may be.
@@ -165,6 +167,7 @@ class LeasedGate:
 
     def settle(self, ticket: Ticket, spent: float) -> None:
         """Count what a request has really cost in place of what was reckoned; the driver hears of it soon."""
+        spent = checked_number(spent, "spent")
         more, ticket.cost = spent - ticket.cost, spent
         terms = self._terms
         if more and ticket.moment is not None and terms is not None and terms.has_units:
@@ -174,7 +177,7 @@ class LeasedGate:
 
     def pause(self, seconds: float, ticket: Ticket | None = None, *, learn: bool = False) -> None:
         """Let no request go for so long: at once here, and a message later everywhere."""
-        seconds = min(max(seconds, 0.0), LONGEST_PAUSE)
+        seconds = min(checked_number(seconds, "seconds"), LONGEST_PAUSE)
         with self._change:
             epoch = self._epoch if ticket is None else ticket.epoch
             until = self._clock() + seconds

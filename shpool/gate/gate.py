@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from multiprocessing.reduction import DupFd
 from typing import TYPE_CHECKING, Any
 
+from shpool.errors import GateUnusableError
 from shpool.gate.limits import Lane, Limits, Usage, checked_number, cut_rate, grown_rate, preset, usual_burst
 from shpool.gate.segment import (
     BUSY,
     CUT,
     CUT_AT,
     EPOCH,
+    HAS_LOCKS,
     LAST,
     LEASED,
+    NO_LOCKS,
     NOT_BEFORE,
     PASSED,
     PAUSES,
@@ -54,6 +57,7 @@ _LEASED_FOR = 2.0  # s since moments were last given out in advance
 _NAP = 0.002  # s between two looks of the first who waits for a slot; the others take their time
 _LONG_NAP = 0.02  # s
 _LONGEST_NAP = 0.1  # s; of those who wait for a moment: well within _AHEAD, so none is missed when others give up
+_LONGEST_SLEEP = 0.5  # s; after that who waits looks whether the gate is still open
 _WORTH_COUNTING = 1e-3  # s; a shorter wait is not counted as one
 
 
@@ -108,7 +112,7 @@ class Gate:
     Raises:
         ValueError: A limit is no such text or number, or out of range.
         GateInUseError: Running processes share the name with other limits.
-        BoardError: The shared memory cannot be used.
+        GateUnusableError: The shared memory cannot be used, or the system lacks the locks that limits need.
 
     Attributes:
         retry_after_unit: What a number in ``Retry-After`` counts, where ``ticket.heed`` is not told; a shared session
@@ -129,6 +133,8 @@ class Gate:
         _sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         limits = Limits.parse(requests, units, connections, burst)
+        if not (HAS_LOCKS or limits.are_none):
+            raise GateUnusableError(name or "", NO_LOCKS)
         segment = anonymous_segment(limits, _clock()) if name is None else named_segment(name, limits, _clock())
         self._set_up(segment, _clock, _sleep)
 
@@ -171,13 +177,13 @@ class Gate:
             cost: Processing units it will cost, as far as that is known.
 
         Raises:
-            ValueError: The cost is less than 0, or not finite.
+            ValueError: The cost is less than 0 or not finite, or the gate is closed, maybe while this waits.
             TypeError: It is no number.
         """
         ticket = self.try_acquire(cost)
         try:
             while wait := self.advance(ticket):
-                self._sleep(wait)
+                self._sleep(min(wait, _LONGEST_SLEEP))
         except BaseException:
             self.release(ticket)
             raise
@@ -199,6 +205,8 @@ class Gate:
         now = self._clock()
         if ticket.moment is not None:
             if ticket.epoch == epoch:
+                if ticket.moment > now:
+                    self._segment.check_open()
                 return max(0.0, ticket.moment - now)
             self._withdraw(ticket)
         ticket.counted = ticket.counted or now
@@ -368,6 +376,7 @@ class Gate:
         """
         self._leave_queue(ticket)
         self._free_slot(ticket)
+        ticket.number = 0
         if ticket.moment is not None and ticket.moment > self._clock():
             self._count_no_more(ticket)
 
@@ -457,6 +466,11 @@ class Gate:
     def handle(self) -> GateHandle:
         """Return what a worker joins with; it pickles only while a process is being spawned."""
         return GateHandle(self._segment.descriptor)
+
+    @property
+    def is_closed(self) -> bool:
+        """Tell whether this process has let go of it."""
+        return self._segment.is_closed
 
     def close(self) -> None:
         """Let go of it; other processes go on. Harmless when repeated."""

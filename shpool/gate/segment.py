@@ -43,7 +43,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
-from shpool.errors import BoardError, BoardLayoutError, GateInUseError
+from shpool.errors import BoardError, GateInUseError, GateUnusableError
 from shpool.gate.limits import MOST_CONNECTIONS, Lane, Limits
 from shpool.segments import (
     FOLDER,
@@ -84,6 +84,7 @@ _PREFIX = f"shpool-gate-{os.geteuid()}-" if sys.platform == "linux" else "shg"
 _LONGEST_NAME = 200 if sys.platform == "linux" else 20
 
 HAS_LOCKS = hasattr(fcntl, "F_OFD_SETLK")
+NO_LOCKS = "this system has no locks that belong to open files (F_OFD_SETLK), so no limit can be kept between processes"
 
 
 @functools.lru_cache(maxsize=2 * MOST_CONNECTIONS)
@@ -131,9 +132,7 @@ class Segment:
     # The mutex
 
     def __enter__(self) -> Self:
-        if self.descriptor < 0:
-            msg = "the gate is closed"
-            raise ValueError(msg)
+        self.check_open()
         self._threads.acquire()
         try:
             _wait_for_lock(self.descriptor, _LOCK_MUTEX)
@@ -141,6 +140,21 @@ class Segment:
             self.__exit__(None, None, None)
             raise
         return self
+
+    @property
+    def is_closed(self) -> bool:
+        """Tell whether this process has let go."""
+        return self.descriptor < 0
+
+    def check_open(self) -> None:
+        """Raise if it is closed.
+
+        Raises:
+            ValueError: It is.
+        """
+        if self.is_closed:
+            msg = "the gate is closed"
+            raise ValueError(msg)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -204,7 +218,9 @@ class Segment:
 
     @property
     def taken(self) -> int:
-        """How many slots are taken; those of the dead are not."""
+        """How many slots are taken; those of the dead are not, nor any that is known of once this is closed."""
+        if self.is_closed:
+            return 0
         return sum(self._is_taken(slot) for slot in range(self.connections) if self._slots[slot])
 
     def _is_taken(self, slot: int) -> bool:
@@ -212,7 +228,7 @@ class Segment:
 
     def _is_locked(self, byte: int) -> bool:
         """Tell whether another process has the lock on a byte."""
-        if not HAS_LOCKS or self.descriptor < 0:
+        if not HAS_LOCKS:
             return True
         found = fcntl.fcntl(self.descriptor, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte))
         return bool(struct.unpack_from("h", found)[0] != fcntl.F_UNLCK)
@@ -321,6 +337,7 @@ class Segment:
             return
         inherited, self.descriptor = self.descriptor, own_descriptor(self.descriptor)
         os.close(inherited)
+        self._look_at(memoryview(mmap.mmap(self.descriptor, SEGMENT_SIZE)))  # the inherited map has a descriptor too
         self.be_present()
 
     def close(self) -> None:
@@ -348,7 +365,7 @@ def anonymous_segment(limits: Limits, now: float) -> Segment:
     """Create a gate's memory without a name, for the processes its descriptor is handed to.
 
     Raises:
-        BoardError: The system has no room for shared memory.
+        GateUnusableError: The system has no room for shared memory.
     """
     try:
         descriptor = os.memfd_create("shpool-gate", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -360,8 +377,11 @@ def anonymous_segment(limits: Limits, now: float) -> Segment:
         allocate(descriptor, "anonymous", SEGMENT_SIZE)
         seal(descriptor, against_writes=False)
         segment = Segment(descriptor)
-    except BaseException:
+    except BaseException as exc:
         os.close(descriptor)
+        if isinstance(exc, BoardError):
+            no_name = ""
+            raise GateUnusableError(no_name, exc.detail) from None
         raise
     segment.write_layout(limits, now)
     return segment
@@ -373,20 +393,20 @@ def named_segment(name: str, limits: Limits, now: float) -> Segment:
     Raises:
         ValueError: The name cannot be one of a shared-memory segment.
         GateInUseError: Others use it with other limits.
-        ForeignBoardError: Another user holds the name.
-        BoardLayoutError: Something else holds it.
-        BoardError: The system has no room for shared memory.
+        GateUnusableError: Another user or something else holds the name, or there is no room for shared memory.
     """
     _check_name(name)
     if not HAS_LOCKS:
-        detail = "this system has no locks that belong to open files, so a gate cannot have a name"
-        raise BoardError(name, detail)
+        raise GateUnusableError(name, NO_LOCKS)
     sweep_left()
-    while True:
-        with opened_safely(_PREFIX + name, os.O_RDWR | os.O_CREAT) as descriptor:
-            segment = _joined(name, descriptor, limits, now)
-        if segment is not None:
-            return segment
+    try:
+        while True:
+            with opened_safely(_PREFIX + name, os.O_RDWR | os.O_CREAT) as descriptor:
+                segment = _joined(name, descriptor, limits, now)
+            if segment is not None:
+                return segment
+    except BoardError as exc:
+        raise GateUnusableError(name, exc.detail) from None  # the user gave a gate's name, and knows of no board
 
 
 def sweep_left() -> list[str]:
@@ -422,7 +442,7 @@ def _joined(name: str, descriptor: int, limits: Limits, now: float) -> Segment |
         if not leads_to(_PREFIX + name, descriptor):
             return None
         if size not in {0, SEGMENT_SIZE}:
-            raise BoardLayoutError(_PREFIX + name, f"{size} bytes are no gate")
+            raise GateUnusableError(name, f"what holds that name is no gate of this shpool ({size} bytes)")
         if not size:
             allocate(descriptor, _PREFIX + name, SEGMENT_SIZE)
         segment = Segment(os.dup(descriptor), name)  # the same open file, so its locks stay

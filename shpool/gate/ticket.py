@@ -159,7 +159,7 @@ class Ticket:
         return type(None), ()  # leave is this process's alone; a request in an error that travels goes without
 
     def __del__(self) -> None:
-        if self.slot >= 0 or self.place >= 0:  # forgotten, as by a request that failed
+        if self.slot >= 0 or self.number:  # forgotten, as by a request that failed
             self.moment = None  # it stays counted: that would take the gate's mutex, which this thread may have
             self._gate.release(self)
 
