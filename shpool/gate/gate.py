@@ -217,7 +217,8 @@ class Gate:
             if wait:
                 ticket.place = segment.stay(ticket.number, ticket.place, now)
                 return wait
-            self._leave_queue(ticket)
+            if ticket.place >= 0:
+                self._leave_queue(ticket)
             self._give_moment(ticket, lanes, now)
         assert ticket.moment is not None
         return max(0.0, ticket.moment - now)
@@ -245,9 +246,12 @@ class Gate:
         moment = _earliest(lanes, max(now, floats[NOT_BEFORE]))
         if not lanes and moment > now:
             moment += _spread()
-        ticket.counts = tuple((word, lane.tat, lane.tat_after(moment, cost)) for word, lane, cost in lanes)
-        for word, _, tat in ticket.counts:
+        counts = []
+        for word, lane, cost in lanes:
+            tat = lane.tat_after(moment, cost)
+            counts.append((word, lane.tat, tat))
             self._segment.store_tat(word, tat)
+        ticket.counts = counts
         if math.isinf(self._limits.requests):
             self._note_usage(min(ticket.counted, moment), moment, now)
         if moment - ticket.counted > _WORTH_COUNTING:
@@ -273,28 +277,30 @@ class Gate:
         ticket.moment = None
 
     def _free_slot(self, ticket: Ticket) -> None:
-        if ticket.slot >= 0:
-            slot, ticket.slot = ticket.slot, -1
-            self._segment.free_slot(slot)
+        slot, ticket.slot = ticket.slot, -1
+        self._segment.free_slot(slot)
 
     def _leave_queue(self, ticket: Ticket) -> None:
-        if ticket.place >= 0:
-            place, ticket.place = ticket.place, -1
-            self._segment.leave_queue(place)
+        place, ticket.place = ticket.place, -1
+        self._segment.leave_queue(place)
 
     def _lanes(self, ticket: Ticket, now: float) -> Lanes:
         """Return the rates a ticket is counted in: the lane's word, the lane, and what the ticket costs there."""
-        requests, units = self._requests_lane(now), self._units_lane()
-        return [
-            *([(REQUESTS, requests, 1.0)] if requests is not None else []),
-            *([(UNITS, units, ticket.cost)] if units is not None else []),
-        ]
+        lanes: Lanes = []
+        requests = self._requests_lane(now)
+        if requests is not None:
+            lanes.append((REQUESTS, requests, 1.0))
+        if self._limits.units < math.inf:
+            lanes.append((UNITS, self._segment.lane(UNITS), ticket.cost))
+        return lanes
 
     def _requests_lane(self, now: float) -> Lane | None:
         """Return the lane of requests, at the rate that was given or learned; None without one."""
+        if self._limits.requests < math.inf:
+            return self._segment.lane(REQUESTS)
         learned = self._learned(now)
         if learned is None:
-            return self._segment.lane(REQUESTS) if self._limits.requests < math.inf else None
+            return None
         floats, burst = self._segment.floats, usual_burst(learned)
         latest = max(floats[LAST], floats[NOT_BEFORE]) + burst / learned  # whatever the rate was when that was counted
         return Lane(learned, burst, min(self._segment.lane(REQUESTS).tat, latest))
@@ -374,8 +380,10 @@ class Gate:
 
         One whose moment is still to come is counted no more, unless others were given theirs behind it.
         """
-        self._leave_queue(ticket)
-        self._free_slot(ticket)
+        if ticket.place >= 0:
+            self._leave_queue(ticket)
+        if ticket.slot >= 0:
+            self._free_slot(ticket)
         ticket.number = 0
         if ticket.moment is not None and ticket.moment > self._clock():
             self._count_no_more(ticket)
@@ -383,10 +391,10 @@ class Gate:
     def _count_no_more(self, ticket: Ticket) -> None:
         with contextlib.suppress(ValueError), self._segment as segment:
             is_void = ticket.epoch != segment.integers[EPOCH]
-            for word, before, after in () if is_void else ticket.counts:
+            for word, before, after in [] if is_void else ticket.counts:
                 if segment.lane(word).tat == after:
                     segment.store_tat(word, before)
-        ticket.counts = ()
+        ticket.counts = []
 
     # For an engine that leases to workers elsewhere
 

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from types import TracebackType
 
     from typing_extensions import Self
@@ -101,7 +101,7 @@ class Ticket:
     epoch = 0
     slot = place = -1
     number = 0
-    counts: tuple[tuple[int, float, float], ...] = ()
+    counts: Sequence[tuple[int, float, float]] = ()
     counted = 0.0
     waited = False
 
