@@ -9,7 +9,8 @@ The rules:
     that moment. No moment is given out further ahead than a quarter of a second: who would have to wait longer queues
     (rule 8 of the segment). So moments go in the order in which they are asked for, none starves, and who dies or
     gives up takes at most one moment along. That much ahead, so that sleepers who wake late miss none of theirs. Who
-    gives its moment back before it has come takes its count out again, where nobody was counted after it.
+    gives its moment back before it has come takes its count out again, where nobody was counted after it. Only leases
+    to a cluster's workers go further ahead; while there are any, nobody here waits to come near, or it never would.
  3. ``burst`` requests may go at once after a silence; the default is what the rate allows in a twentieth of a second.
     That makes up for sleepers that wake late. More would be credit, which a server that counts otherwise may not give:
     "unused processing units and requests do not accumulate" (Sentinel Hub, Rate limiting).
