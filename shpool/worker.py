@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import itertools
 import pickle
 import sys
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from shpool.errors import UnpicklableError
 
@@ -139,13 +140,31 @@ def dump_error(error: BaseException) -> bytes:
     frames = error.__traceback__
     text = "".join(traceback.format_exception(type(error), error, frames and frames.tb_next))
     try:
-        data = dump(error)
+        data = dump(_Plain(error) if _has_foreign_reducer(type(error)) else error)
         load(data)  # an __init__ with keyword-only arguments fails here and not in the parent
         return dump((data, text))
     except Exception as exc:  # noqa: BLE001 - border: pickling runs the error's own code
         kind = f"{type(error).__module__}.{type(error).__qualname__}"
         portable = UnpicklableError("exception", f"{kind}: {shortened(error, str)}", _reason(exc))
         return dump((dump(portable), text))
+
+
+class _Plain:
+    """Pickles as the error it holds, whatever reducer is registered for the error's class."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        return self._error.__reduce_ex__(protocol)
+
+
+def _has_foreign_reducer(kind: type[BaseException]) -> bool:
+    """Tell whether tblib pickles such errors, as it does all that were there when ``distributed`` was imported.
+
+    It sends frames along, and rebuilds without ``__init__``: a SystemExit loses its code, a UnicodeError its text.
+    """
+    return getattr(copyreg.dispatch_table.get(kind), "__module__", "") == "tblib.pickling_support"
 
 
 def load_error(data: bytes) -> BaseException:

@@ -896,7 +896,8 @@ def test_any_interruption_anywhere_is_made_good_by_the_same_command(runs: Runs) 
             _, stderr = end(process)
             codes.append(process.returncode)
             assert "Traceback" not in stderr
-    assert set(codes) <= {0, 130, 143, -9}
+    # -15: on a busy machine SIGTERM can come before the interpreter has read its first line.
+    assert set(codes) <= {0, 130, 143, -signal.SIGKILL, -signal.SIGTERM}
     done = runs.run(*words)
     assert done.returncode == 0, done.stderr
     assert runs.results == {index: number * 10 for index, number in enumerate([*range(30), *range(10)])}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copyreg
 import pickle
 import threading
 import traceback
@@ -152,6 +153,19 @@ def test_system_exit_does_not_leave_the_call() -> None:
     error = raised_by(leave, 3)
     assert isinstance(error, SystemExit)
     assert error.code == 3
+
+
+@pytest.mark.parametrize(("fn", "text"), [(lambda: leave(3), "3"), (b"\xff".decode, "invalid start byte")])
+def test_reducers_that_skip_init_do_not_count(
+    fn: Callable[[], object], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``import distributed`` installs them; they would also send frames along."""
+    pickling = pytest.importorskip("tblib.pickling_support")
+    for kind in (SystemExit, UnicodeDecodeError):
+        monkeypatch.setitem(copyreg.dispatch_table, kind, pickling.pickle_exception)
+    error = raised_by(fn)
+    assert text in str(getattr(error, "code", error))
+    assert error.__traceback__ is None
 
 
 @pytest.mark.parametrize("value", [Unpicklable(), threading.Lock()])
