@@ -12,8 +12,9 @@ from patience import NEVER, PATIENCE, in_time, until
 from pool_tasks import add, double, echo, fail
 
 from shpool.engines.base import BatchResult, Task
+from shpool.engines.cluster import Lost, Unbegun
 from shpool.engines.outpost import Answer, Outpost, Parcel, TokenCell
-from shpool.engines.remote import Lost, RemoteEngine, Unbegun
+from shpool.engines.remote import RemoteEngine
 from shpool.engines.serve import Kind
 from shpool.errors import (
     ClusterError,
@@ -30,8 +31,8 @@ from shpool.worker import dump_error
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from shpool.engines.cluster import Events
     from shpool.engines.outpost import Call
-    from shpool.engines.remote import Events
 
 ONCE_MORE = RetryPolicy(1, Backoff(base=0.001, cap=0.002))
 

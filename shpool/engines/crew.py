@@ -8,35 +8,30 @@ sends from the caller's thread when a worker is idle, so a lone task takes one h
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import select
 import threading
 import time
-import weakref
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from shpool.board import anonymous_board
 from shpool.channels import BoardChannel
-from shpool.engines.dispatch import STUCK_AFTER, Dispatch
+from shpool.engines.dispatch import STUCK_AFTER
 from shpool.engines.launcher import Launcher
-from shpool.engines.ledger import Ledger
-from shpool.engines.member import Flight, Member
-from shpool.engines.packing import pack_arguments, pack_function
+from shpool.engines.looping import LoopingEngine
 from shpool.engines.serve import Kind, dump_setup
 from shpool.engines.setup import WorkerSetup
-from shpool.errors import InitializerError, TaskTerminatedError, TaskTimeoutError, UnpicklableError, WorkerLostError
+from shpool.errors import InitializerError, TaskTerminatedError, TaskTimeoutError, WorkerLostError
 from shpool.logs import deliver
-from shpool.worker import load, load_error
+from shpool.worker import load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from concurrent.futures import Future
 
     from shpool.channels import TokenChannel
-    from shpool.engines.base import Tally, Task
-    from shpool.engines.member import PackedFunction
+    from shpool.engines.member import Flight, Member, PackedFunction
     from shpool.engines.serve import Message
     from shpool.gate import Gate
 
@@ -46,7 +41,7 @@ _STOP_WITHIN = 5.0  # s a worker may take to end by itself
 _LONGEST_NAP = 3600.0  # s
 
 
-class Crew:
+class Crew(LoopingEngine):
     """The loky engine.
 
     Args:
@@ -66,31 +61,20 @@ class Crew:
         blanked: Callable[[], Sequence[str]] = tuple,
         gate: Gate | None = None,
     ) -> None:
+        super().__init__("shpool-crew")
         self.workers = workers
         self._setup = setup or WorkerSetup()
-        self.on_refused: Callable[[int], None] = lambda _: None
-        self.on_end: Callable[[], None] = lambda: None
         pickled_setup = dump_setup(self._setup)  # first, as it may fail, and nothing would close the board then
         self._board = anonymous_board()
         self._channel = BoardChannel(self._board)
         self._launcher = Launcher(self._board, self._setup, pickled_setup, blanked, gate)
-        self._numbers = itertools.count(1)
         self._imports = threading.Event()  # the loop has imported what it launches workers with
-        self._is_over_for_good = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="shpool-crew", daemon=True)
         self._poll = select.poll()  # the loop's alone
         self._bell_in = self._bell_out = -1  # a pipe once started
 
-        # Guards all that follows. It can be taken twice: a forgotten pool is collected in whatever thread makes the
-        # garbage collector run, this module's included, and then calls shutdown().
-        self._lock = threading.RLock()
+        # Guarded by the lock.
         self._members: dict[int, Member] = {}  # by the lifeline's descriptor
-        self._dispatch = Dispatch()
-        self._ledger = Ledger(self._lock, self._dispatch, self._ring_if_closing)
         self._stopped: list[Flight] = []  # by terminate(), not running any more, to be settled by the loop
-        self._is_closing = self._is_killing = self._has_ended = False
-        self._fatal: Exception | None = None
-        self._is_rung = False
 
     @property
     def channel(self) -> TokenChannel:
@@ -98,24 +82,9 @@ class Crew:
         return self._channel
 
     @property
-    def tally(self) -> Tally:
-        """What the crew has counted so far."""
-        return self._ledger.tally
-
-    @property
     def largest_batch(self) -> int | None:
         """As many calls as a worker may make in its life."""
         return self._setup.max_tasks
-
-    @property
-    def has_ended(self) -> bool:
-        """Tell whether the loop is over."""
-        return self._has_ended
-
-    @property
-    def backlog(self) -> int:
-        """How many tasks are not settled yet."""
-        return self._ledger.pending
 
     @property
     def pids(self) -> list[int]:
@@ -123,18 +92,12 @@ class Crew:
         with self._lock:
             return [member.pid for member in self._members.values()]
 
-    @property
-    def failure(self) -> Exception | None:
-        """Why no task can run any more; None while they can."""
-        return self._fatal
-
     def start(self) -> None:
         """Launch the workers from the loop's thread; returns at once."""
         self._bell_in, self._bell_out = os.pipe()
         os.set_blocking(self._bell_in, False)
         os.set_blocking(self._bell_out, False)
-        _started.add(self)
-        self._thread.start()
+        self._start_loop()
 
     def prepare(self, fn: Callable[..., Any]) -> PackedFunction:
         """Pickle a function.
@@ -143,83 +106,20 @@ class Crew:
             UnpicklableError: It cannot be pickled.
         """
         self._imports.wait()  # before there is a task: with the main thread at its end they would fail
-        return pack_function(fn)
+        return super().prepare(fn)
 
-    def submit(self, task: Task, future: Future[Any] | None = None) -> Future[Any]:
-        """Send a task to an idle worker, or queue it."""
-        future = Future() if future is None else future
-        try:
-            kind, payload = pack_arguments(task)
-        except UnpicklableError as exc:
-            future.set_running_or_notify_cancel()
-            future.set_exception(exc)
-            return future
-        flight = Flight(task, next(self._numbers), task.fn, kind, payload, future)
-        future._shpool_engine = self  # type: ignore[attr-defined]  # noqa: SLF001 - so that terminate() knows its own
+    def _take_in(self, flight: Flight) -> None:
+        """Send a flight to an idle worker, or leave it queued."""
         with self._lock:
-            self._refuse_if_over()
-            self._ledger.open(flight)
-            if task.history:
-                flight.history.extend(task.history)
-                self._ledger.wait(flight, task.delay)
+            if not self._open(flight):
                 self._ring()
-            else:
-                self._dispatch.add(flight)
             loaded = self._assign(fill=False)
-            ring = task.timeout is not None or self._setup.max_tasks is not None  # the loop has something to watch
+            ring = flight.task.timeout is not None or self._setup.max_tasks is not None  # there is something to watch
         if loaded or ring:
             self._send(loaded, ring=ring)
-        return future
 
-    def terminate(self, future: Future[Any]) -> bool:
-        """Stop one task, at the cost of its worker if it is running."""
-        if getattr(future, "_shpool_engine", None) is not self:
-            msg = "this future is of no task of this pool"
-            raise ValueError(msg)
-        if future.cancel():
-            return True
-        with self._lock:
-            if future.done():
-                return False
-            for member in self._members.values():
-                for flight in member.flights:
-                    if flight.future is future:
-                        self._stop(flight, member)
-                        return True
-            waiting = self._dispatch.take_out(future)
-            if waiting is not None:
-                self._stopped.append(waiting)
-                self._ring()
-                return True
-        return False  # it is getting its end at this moment
-
-    def shutdown(self, *, cancel: bool = False, kill: bool = False) -> None:
-        """Take no more tasks; see ``Engine.shutdown``. Returns at once."""
-        with self._lock:
-            self._is_closing = True
-            self._is_killing |= kill
-            self._ledger.is_closed |= kill
-            dropped = self._dispatch.clear() if cancel or kill else []
-            self._ring()
-        for flight in dropped:
-            self._ledger.drop(flight, TaskTerminatedError(flight.task.label))
-
-    def join(self, timeout: float | None = None) -> bool:
-        """Wait for the loop's end."""
-        if self._thread.ident is None or threading.current_thread() is self._thread:
-            return self._thread.ident is None
-        # Not for the thread itself: before Python 3.13 one whose join() was interrupted counts as stopped from then on.
-        if self._is_over_for_good.wait(timeout):
-            self._thread.join(timeout)
-        return self._is_over_for_good.is_set()
-
-    def let_go(self) -> None:
+    def _close_copies(self) -> None:
         """Close a forked child's copies of the descriptors; with them open, workers would outlive their parent."""
-        self._lock = threading.RLock()  # a thread that is not in the child may hold the other one
-        if self._has_ended:
-            return
-        text = "the pool belongs to the process that started it; a forked child needs one of its own"
-        self._fatal, self._has_ended = RuntimeError(text), True
         for member in self._members.values():
             member.let_go()
         os.close(self._bell_in)
@@ -228,12 +128,17 @@ class Crew:
 
     # What follows runs under the lock, decides and sends; it calls nobody's code.
 
-    def _refuse_if_over(self) -> None:
-        if self._fatal is not None:
-            raise self._fatal
-        if self._is_closing or self._has_ended:
-            msg = "cannot schedule new futures after shutdown"
-            raise RuntimeError(msg)
+    def _stop_running(self, future: Future[Any]) -> bool:
+        for member in self._members.values():
+            for flight in member.flights:
+                if flight.future is future:
+                    self._stop(flight, member)
+                    return True
+        return False
+
+    def _stop_waiting(self, flight: Flight) -> None:
+        self._stopped.append(flight)
+        self._ring()
 
     def _assign(self, *, fill: bool) -> set[Member]:
         """Load workers that have room with queued flights; return those that have something to send now."""
@@ -268,10 +173,6 @@ class Crew:
         self._stopped += [flight for flight in flights if flight.is_unwanted]
         self._dispatch.put_back(flight for flight in flights if not flight.is_unwanted)
 
-    def _ring_if_closing(self) -> None:
-        if self._is_closing:
-            self._ring()
-
     def _ring(self) -> None:
         if not self._is_rung and not self._has_ended and self._bell_out >= 0:
             self._is_rung = True
@@ -291,29 +192,16 @@ class Crew:
 
     # What follows runs in the loop's thread.
 
-    def _loop(self) -> None:
-        """Serve the crew until it is over; whatever happens, no future is left waiting."""
+    def _begin(self) -> None:
         self._poll.register(self._bell_in, select.POLLIN)
-        try:
-            import loky.backend  # noqa: F401 - here, so that the login need not wait for it
+        import loky.backend  # noqa: F401 - here, so that the login need not wait for it
 
-            self._imports.set()
-            while not self._is_over():
-                self._launch_one_missing()
-                self._read_what_came(self._poll.poll(self._nap_ms()))
-                self._mind_the_clock()
-            self._stop_members()
-        except BaseException as exc:
-            logger.exception("the pool's loop has failed")
-            self._fail_all(RuntimeError(f"the pool has failed: {type(exc).__name__}: {exc}"))
-            self._stop_members()
-            raise
-        finally:
-            self._end()
+        self._imports.set()
 
-    def _is_over(self) -> bool:
-        with self._lock:
-            return self._fatal is not None or self._is_killing or (self._is_closing and not self._ledger.pending)
+    def _turn(self) -> None:
+        self._launch_one_missing()
+        self._read_what_came(self._poll.poll(self._nap_ms()))
+        self._mind_the_clock()
 
     def _launch_one_missing(self) -> None:
         """Launch a worker if one is missing; one at a time, so that those already there are heard meanwhile."""
@@ -433,10 +321,7 @@ class Crew:
         elif message.kind == Kind.REFUSED:
             self.on_refused(message.number)
         elif message.kind == Kind.UNFIT:
-            error = load_error(bytes(message.payload))
-            unfit = InitializerError(f"{type(error).__name__}: {error}")
-            unfit.__cause__ = error.__cause__
-            self._fail_all(unfit)
+            self._fail_unfit(message.payload)
         elif message.kind == Kind.GREW:
             logger.info("worker %d has grown to %.0f MB and is replaced", member.pid, message.number / 1e6)
         elif message.kind == Kind.READY:
@@ -510,8 +395,7 @@ class Crew:
 
     def _fail_all(self, error: Exception) -> None:
         """The pool is beyond help: all its futures get this error, and so does every later submit."""
-        with self._lock:
-            self._fatal = error
+        super()._fail_all(error)
         self._drop_waiting(lambda _: error)
 
     def _drop_waiting(self, error_for: Callable[[Flight], Exception]) -> None:
@@ -546,18 +430,15 @@ class Crew:
                 member.kill()
             member.reap()
 
-    def _ending_of(self, flight: Flight) -> Exception:
-        return self._fatal or TaskTerminatedError(flight.task.label)
-
-    def _end(self) -> None:
-        with self._lock:
-            self._has_ended = True
-            os.close(self._bell_in)
-            os.close(self._bell_out)
-        self._imports.set()
-        self.on_end()
-        self._channel.close()
-        self._is_over_for_good.set()
+    def _wind_up(self) -> None:
+        try:
+            self._stop_members()
+        finally:
+            with self._lock:
+                self._has_ended = True
+                os.close(self._bell_in)
+                os.close(self._bell_out)
+            self._imports.set()
 
 
 def _recalled_at(member: Member) -> float:
@@ -565,13 +446,5 @@ def _recalled_at(member: Member) -> float:
     return member.head_since + (0.0 if member.flights[0].task.batch else STUCK_AFTER)
 
 
-def _let_go_all() -> None:
-    """Run in a forked child, before anything else there."""
-    _launching.release()
-    for crew in list(_started):
-        crew.let_go()
-
-
-_started: weakref.WeakSet[Crew] = weakref.WeakSet()
 _launching = threading.RLock()  # held at a worker's launch and at a fork: a child knows of every lifeline it got
-os.register_at_fork(before=_launching.acquire, after_in_parent=_launching.release, after_in_child=_let_go_all)
+os.register_at_fork(before=_launching.acquire, after_in_parent=_launching.release, after_in_child=_launching.release)

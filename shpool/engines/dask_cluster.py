@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import dask
 from distributed import Client, KilledWorker
 
+from shpool.engines.cluster import Lost, Unbegun
 from shpool.engines.dask_local import LocalDask
 from shpool.engines.dask_outpost import (
     OutpostPlugin,
@@ -34,15 +35,14 @@ from shpool.engines.dask_outpost import (
     take_parcel,
     topic_of,
 )
-from shpool.engines.remote import Lost, Unbegun
 from shpool.errors import ClusterError, ClusterUnreachableError, SHUserWarning
 from shpool.origins import host_of, is_loopback_host
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
+    from shpool.engines.cluster import Events
     from shpool.engines.outpost import Call, Parcel
-    from shpool.engines.remote import Events
 
     Message = dict[str, Any]
 

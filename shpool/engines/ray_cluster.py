@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import exceptions
 
+from shpool.engines.cluster import Lost
 from shpool.engines.ray_keeper import NAMESPACE, Keeper, keeper_name, run_call
 from shpool.engines.ray_link import LINK
-from shpool.engines.remote import Lost
 from shpool.errors import ClusterError, SHUserWarning, TokenTooLargeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
+    from shpool.engines.cluster import Events
     from shpool.engines.outpost import Call, Parcel
     from shpool.engines.ray import RayEngine
-    from shpool.engines.remote import Events
 
 logger = logging.getLogger(__name__)
 
