@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import functools
 import logging
 import os
 import pickle
@@ -16,13 +15,13 @@ import ray
 from ray import exceptions
 
 from shpool.engines.cluster import Lost
+from shpool.engines.ray_answers import Answers
 from shpool.engines.ray_keeper import NAMESPACE, Keeper, keeper_name, run_call
 from shpool.engines.ray_link import LINK
 from shpool.errors import ClusterError, SHUserWarning, TokenTooLargeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from concurrent.futures import Future
 
     from shpool.engines.cluster import Events
     from shpool.engines.outpost import Call, Parcel
@@ -67,6 +66,7 @@ class RayCluster:
         self._is_linked = False
         self._is_closing = threading.Event()
         self._listener = threading.Thread(target=self._listen, name="shpool-ray", daemon=True)
+        self._answers = Answers(self._take_end)
         self._lock = threading.Lock()  # guards the three below
         self._refs: dict[int, Any] = {}  # Ray's references to the answers of calls under way
         self._parcel: Parcel | None = None
@@ -85,6 +85,7 @@ class RayCluster:
             LINK.give_back()
             raise
         self._is_linked = True
+        self._answers.start()
         self._listener.start()
 
     def _settle(self, pool: str, setup: bytes, events: Events) -> None:
@@ -106,12 +107,11 @@ class RayCluster:
         if not ray.is_initialized():  # else Ray would start a cluster of its own, unasked
             self._events.failed(_disconnected())
             return
-        for call in calls:
-            # Bytes, as all else goes through a pickler in Python.
-            ref = self._run.remote(pickle.dumps(call, protocol=5))
-            with self._lock:
-                self._refs[call.number] = ref
-            ref.future().add_done_callback(functools.partial(self._take_end, call.number))
+        # Bytes, as all else goes through a pickler in Python.
+        numbers = {self._run.remote(pickle.dumps(call, protocol=5)): call.number for call in calls}
+        with self._lock:
+            self._refs.update((number, ref) for ref, number in numbers.items())
+        self._answers.expect(numbers)
 
     def cancel(self, numbers: Sequence[int]) -> None:
         """Drop calls, and stop those that run."""
@@ -154,6 +154,7 @@ class RayCluster:
         with self._lock:
             self._parcel = None
         try:
+            self._answers.close(_LONGEST_FAREWELL)
             self._end_keeper()
         finally:
             LINK.give_back()
@@ -168,22 +169,18 @@ class RayCluster:
             ray.kill(self._keeper)
         del self._keeper  # an actor's handle that outlives the connection keeps a socket open for good
 
-    # What follows runs in threads of Ray's and in the listener's.
+    # What follows runs in threads of Ray's, of the answers', and in the listener's.
 
-    def _take_end(self, number: int, future: Future[bytes]) -> None:
-        """Tell the engine of a call's end; runs in a thread of Ray's."""
+    def _take_end(self, number: int, outcome: bytes | BaseException) -> None:
+        """Tell the engine of a call's end."""
         with self._lock:
             self._refs.pop(number, None)
-        error = future.exception()
-        if error is None:
-            self._events.ended(number, future.result())
-        elif isinstance(error, exceptions.TaskCancelledError):
-            self._events.ended(number, Lost())
-        elif isinstance(error, _LOSSES):
-            self._events.lost_worker(0, type(error).__name__)
-            self._events.ended(number, Lost())
-        else:
-            self._events.ended(number, error)
+        if isinstance(outcome, exceptions.TaskCancelledError):
+            outcome = Lost()
+        elif isinstance(outcome, _LOSSES):
+            self._events.lost_worker(0, type(outcome).__name__)
+            outcome = Lost()
+        self._events.ended(number, outcome)
 
     def _listen(self) -> None:
         """Begin the keeper, and again whenever Ray has built it anew; fetch its news."""
