@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import atexit
 import functools
 import logging
@@ -10,13 +9,22 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from shpool.channels import NamedChannel, TeeChannel
-from shpool.engines.base import Engine, EngineDescription, Task
+from shpool.checks import (
+    checked_arguments,
+    checked_env,
+    checked_function,
+    checked_level,
+    checked_limit,
+    checked_retries,
+    checked_timeout,
+    checked_workers,
+)
 from shpool.engines.setup import WorkerSetup
 from shpool.errors import LoginError, TokenUnavailableError
 from shpool.gate import Gate
@@ -25,6 +33,7 @@ from shpool.refresh import State
 from shpool.retry import Backoff, RetryPolicy, is_retryable
 from shpool.sharing import SharingThread
 from shpool.sources import source_of
+from shpool.submitting import Submitting
 from shpool.tokens import SYSTEM_CLOCK
 
 if TYPE_CHECKING:
@@ -32,8 +41,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import ParamSpec, Self
 
+    from shpool.engines.base import Engine, EngineDescription
     from shpool.gate import GateStats
-    from shpool.lazymap import LazyMap
     from shpool.retry import RetryAfterUnit
     from shpool.sources import Session
 
@@ -95,93 +104,7 @@ class PoolStats:
     gate: GateStats
 
 
-class _Submitting(Executor, abc.ABC):
-    """``submit`` and ``map`` with given retries and timeout; what the pool and its views have in common."""
-
-    _policy: RetryPolicy
-    _timeout: float | None
-
-    @property
-    @abc.abstractmethod
-    def max_workers(self) -> int:
-        """How many tasks can run at once."""
-
-    @abc.abstractmethod
-    def _running_engine(self) -> Engine:
-        """Return the pool's engine, started if need be."""
-
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Run ``fn(*args, **kwargs)`` in a worker.
-
-        Returns:
-            A future; an error of the task arrives with the worker's traceback as its ``__cause__``.
-
-        Raises:
-            LoginError: The first submit starts the pool, and the login failed.
-            RuntimeError: The pool is shut down.
-            TokenUnavailableError: The token has expired and the provider refuses to give another.
-            UnpicklableError: The function cannot be pickled.
-        """
-        engine = self._running_engine()
-        label = getattr(fn, "__qualname__", None) or type(fn).__name__
-        return engine.submit(
-            Task(engine.prepare(fn), args, kwargs, label=label, policy=self._policy, timeout=self._timeout)
-        )
-
-    def map(
-        self,
-        fn: Callable[..., T],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int | None = None,
-        buffersize: int | None = None,
-    ) -> Iterator[T]:
-        """Yield ``fn`` of each item, in order; lazy and bounded, so infinite iterables are welcome.
-
-        Take the results before the pool ends: items beyond the window are not submitted yet.
-
-        Args:
-            fn: Called with one item of each iterable.
-            *iterables: As for the built-in ``map``; the shortest ends it.
-            timeout: Seconds from this call within which a result must have come.
-            chunksize: Items sent together; None adapts to what the tasks take, 1 isolates each.
-            buffersize: Most items pulled from the iterables and not yet yielded; None for a few batches a worker.
-
-        Raises:
-            TimeoutError: From the iterator, when a result is not there in time.
-            ValueError: ``chunksize`` or ``buffersize`` is less than 1.
-        """
-        return self._lazy_map(fn, iterables, chunksize, buffersize, timeout).in_order()
-
-    def map_unordered(
-        self,
-        fn: Callable[..., T],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int | None = None,
-        buffersize: int | None = None,
-    ) -> Iterator[T]:
-        """Yield the results as they come; else as ``map``."""
-        return self._lazy_map(fn, iterables, chunksize, buffersize, timeout).as_completed()
-
-    def _lazy_map(
-        self,
-        fn: Callable[..., Any],
-        iterables: tuple[Iterable[Any], ...],
-        chunksize: int | None,
-        buffersize: int | None,
-        timeout: float | None,
-    ) -> LazyMap:
-        from shpool.lazymap import LazyMap, MapOptions  # here: the login need not wait for it
-
-        if not iterables:
-            msg = "map needs at least one iterable"
-            raise TypeError(msg)
-        options = MapOptions(chunksize, buffersize, timeout, self._policy, self._timeout)
-        return LazyMap(self._running_engine(), fn, iterables, options)
-
-
-class AuthenticatedProcessPool(_Submitting):
+class AuthenticatedProcessPool(Submitting):
     """A process pool whose workers share one login. A ``concurrent.futures.Executor``.
 
     A class of its own and no wrapper of one: the login, its refreshing and the workers must start and end together.
@@ -236,22 +159,22 @@ class AuthenticatedProcessPool(_Submitting):
     ) -> None:
         source_of(session)
         unit: RetryAfterUnit = getattr(session, "retry_after_unit", "s")
-        self._policy = RetryPolicy(_checked_retries(retries), _BACKOFF, unit, _checked_function("retry_if", retry_if))
-        self._timeout = _checked_timeout(timeout)
+        self._policy = RetryPolicy(checked_retries(retries), _BACKOFF, unit, checked_function("retry_if", retry_if))
+        self._timeout = checked_timeout(timeout)
         self._where = _described_engine(engine)
-        self._workers = _checked_workers(max_workers, is_local=self._where is None)
+        self._workers = checked_workers(max_workers, is_local=self._where is None)
         if initializer is not None:
-            _checked_function("initializer", initializer)
+            checked_function("initializer", initializer)
         self._session = session
         self._engine_name = str(engine) if self._where is None else self._where.name
         self._memory_name = memory_name
         self._setup = WorkerSetup(
             initializer,
-            _checked_arguments(initargs),
-            {**_thread_limits(self._workers, self._where), **_checked_env(env)},
-            _checked_level(log_level),
-            _checked_limit("max_tasks_per_worker", max_tasks_per_worker),
-            _checked_limit("max_worker_memory", max_worker_memory),
+            checked_arguments(initargs),
+            {**_thread_limits(self._workers, self._where), **checked_env(env)},
+            checked_level(log_level),
+            checked_limit("max_tasks_per_worker", max_tasks_per_worker),
+            checked_limit("max_worker_memory", max_worker_memory),
         )
         self._owns_gate = not isinstance(gate, Gate)
         self._gate = _checked_gate(gate)
@@ -327,10 +250,10 @@ class AuthenticatedProcessPool(_Submitting):
         """
         policy = self._policy
         if retries is not None:
-            policy = replace(policy, retries=_checked_retries(retries))
+            policy = replace(policy, retries=checked_retries(retries))
         if retry_if is not None:
-            policy = replace(policy, retry_if=_checked_function("retry_if", retry_if))
-        return PoolView(self, policy, self._timeout if timeout is None else _checked_timeout(timeout))
+            policy = replace(policy, retry_if=checked_function("retry_if", retry_if))
+        return PoolView(self, policy, self._timeout if timeout is None else checked_timeout(timeout))
 
     def stats(self) -> PoolStats:
         """Return what the pool has done so far, and how its token stands."""
@@ -463,7 +386,7 @@ class AuthenticatedProcessPool(_Submitting):
             raise TokenUnavailableError(reason, str(history.error))
 
 
-class PoolView(_Submitting):
+class PoolView(Submitting):
     """A pool with other defaults for retries and timeout; made by ``AuthenticatedProcessPool.options``."""
 
     def __init__(self, pool: AuthenticatedProcessPool, policy: RetryPolicy, timeout: float | None) -> None:
@@ -540,71 +463,12 @@ def _described_engine(engine: object) -> EngineDescription | None:
     return cast("EngineDescription", engine)
 
 
-def _checked_workers(max_workers: int | None, *, is_local: bool) -> int | None:
-    if max_workers is None and not is_local:
-        return None
-    if max_workers is None:
-        from loky import cpu_count
-
-        return int(cpu_count())
-    if isinstance(max_workers, bool) or not isinstance(max_workers, int):
-        msg = f"max_workers must be an integer or None, not {type(max_workers).__name__}"
-        raise TypeError(msg)
-    if max_workers < 1:
-        msg = f"max_workers must be at least 1, not {max_workers}"
-        raise ValueError(msg)
-    return max_workers
-
-
 def _thread_limits(workers: int | None, where: EngineDescription | None) -> dict[str, str]:
     """Return how many threads a worker's libraries may start, for those that nobody has told yet."""
     if where is not None or workers is None:
         return {}  # a cluster's workers have long imported them
     share = str(max(1, (os.cpu_count() or 1) // workers))
     return {name: share for name in _THREAD_VARIABLES if name not in os.environ}
-
-
-def _checked_retries(retries: int) -> int:
-    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
-        msg = f"retries must be an integer >= 0, not {retries!r}"
-        raise ValueError(msg)
-    return retries
-
-
-def _checked_timeout(timeout: float | None) -> float | None:
-    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0):
-        msg = f"timeout must be more than 0 seconds, or None, not {timeout!r}"
-        raise ValueError(msg)
-    return timeout
-
-
-def _checked_arguments(initargs: tuple[Any, ...]) -> tuple[Any, ...]:
-    try:
-        return tuple(initargs)
-    except TypeError:
-        msg = f"initargs must be a tuple of arguments, not {initargs!r}"
-        raise TypeError(msg) from None
-
-
-def _checked_env(env: Mapping[str, str] | None) -> dict[str, str]:
-    if env is None:
-        return {}
-    if not isinstance(env, Mapping):
-        msg = f"env must be a mapping of names to texts, not {env!r}"  # type: ignore[unreachable]  # callers without a type checker
-        raise TypeError(msg)
-    for name, value in env.items():
-        is_text = isinstance(name, str) and isinstance(value, str)
-        if not is_text or not name or "=" in name or "\0" in name + value:
-            msg = f"env must map names without = to texts without NUL, not {name!r} to {value!r}"
-            raise ValueError(msg)
-    return dict(env)
-
-
-def _checked_limit(name: str, limit: int | None) -> int | None:
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        msg = f"{name} must be an integer >= 1, or None, not {limit!r}"
-        raise ValueError(msg)
-    return limit
 
 
 def _checked_gate(gate: Gate | str | None) -> Gate:
@@ -619,27 +483,6 @@ def _checked_gate(gate: Gate | str | None) -> Gate:
         msg = "the gate is closed; make a new one for this pool"
         raise ValueError(msg)
     return gate
-
-
-def _checked_function(name: str, function: F) -> F:
-    if not callable(function):
-        msg = f"{name} must be callable, not {function!r}"
-        raise TypeError(msg)
-    return function
-
-
-def _checked_level(level: int | str | None) -> int | None:
-    """Return a log level as a number; 0 becomes the root logger's."""
-    if level is None:
-        return None
-    try:
-        number = logging.Handler(level).level  # the one public way to check a level
-        if isinstance(level, bool) or number < 0:
-            raise ValueError  # noqa: TRY301 - as for any other that is none
-    except (TypeError, ValueError):
-        msg = f"log_level must be one of logging's levels or None, not {level!r}"
-        raise ValueError(msg) from None
-    return number or logging.getLogger().getEffectiveLevel()
 
 
 def _secret_variables(session: object) -> tuple[str, ...]:

@@ -13,18 +13,10 @@ import pytest
 from patience import PATIENCE, in_time
 
 from shpool.board import CLOSED
-from shpool.engines.outpost import (
-    Answer,
-    Call,
-    Outpost,
-    Parcel,
-    TokenCell,
-    close_outpost,
-    note_home,
-    open_outpost,
-    outpost_of,
-)
+from shpool.engines.outpost import Outpost, close_outpost, note_home, open_outpost, outpost_of
 from shpool.engines.packing import pack_function
+from shpool.engines.parcels import Parcel, TokenCell
+from shpool.engines.sealed import Answer, Call
 from shpool.engines.serve import Kind, dump_setup
 from shpool.engines.setup import WorkerSetup
 from shpool.errors import NoSessionError, TokenUnavailableError

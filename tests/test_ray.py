@@ -21,7 +21,8 @@ from ray_fixture import SecondNode, needs_ray, processes_in_session
 from ray_tasks import generation, generation_after, get, outposts
 
 from shpool import AuthenticatedProcessPool, OAuthSession
-from shpool.engines.outpost import Outpost, Parcel, TokenCell, open_outpost
+from shpool.engines.outpost import Outpost, open_outpost
+from shpool.engines.parcels import Parcel, TokenCell
 from shpool.engines.ray import RayEngine
 from shpool.errors import (
     ClusterError,

@@ -13,8 +13,10 @@ from pool_tasks import add, double, echo, fail
 
 from shpool.engines.base import BatchResult, Task
 from shpool.engines.cluster import Lost, Unbegun
-from shpool.engines.outpost import Answer, Outpost, Parcel, TokenCell
+from shpool.engines.outpost import Outpost
+from shpool.engines.parcels import Parcel, TokenCell
 from shpool.engines.remote import RemoteEngine
+from shpool.engines.sealed import Answer
 from shpool.engines.serve import Kind
 from shpool.errors import (
     ClusterError,
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from shpool.engines.cluster import Events
-    from shpool.engines.outpost import Call
+    from shpool.engines.sealed import Call
 
 ONCE_MORE = RetryPolicy(1, Backoff(base=0.001, cap=0.002))
 

@@ -6,12 +6,12 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Protocol
 
-from shpool.engines.outpost import Parcel, TokenCell
+from shpool.engines.parcels import Parcel, TokenCell
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from shpool.engines.outpost import Call
+    from shpool.engines.sealed import Call
     from shpool.tokens import Posting
 
 

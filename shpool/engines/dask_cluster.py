@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
     from shpool.engines.cluster import Events
-    from shpool.engines.outpost import Call, Parcel
+    from shpool.engines.parcels import Parcel
+    from shpool.engines.sealed import Call
 
     Message = dict[str, Any]
 

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from distributed import WorkerPlugin, get_worker
 
-from shpool.engines.outpost import Outpost, TokenCell, close_outpost, open_outpost, outpost_of
+from shpool.engines.outpost import Outpost, close_outpost, open_outpost, outpost_of
+from shpool.engines.parcels import TokenCell
 from shpool.errors import ClusterError
 from shpool.tokens import boot_time
 
 if TYPE_CHECKING:
     from distributed import Nanny, Scheduler, Worker
 
-    from shpool.engines.outpost import Call, Parcel
+    from shpool.engines.parcels import Parcel
+    from shpool.engines.sealed import Call
 
 
 def topic_of(pool: str) -> str:

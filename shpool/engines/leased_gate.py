@@ -13,11 +13,11 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING
 
+from shpool.checks import checked_number
 from shpool.engines.leases import DRIFT, LATEST, LEASE, LONGEST_LEAD, LONGEST_SILENCE, RECENT, REPEAT, SLICE, Ask, Grant
 from shpool.errors import GateUnreachableError
 from shpool.gate import Ticket
 from shpool.gate.gate import LONGEST_PAUSE, SPREAD
-from shpool.gate.limits import checked_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable

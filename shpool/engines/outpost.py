@@ -3,198 +3,34 @@
 The process belongs to the cluster: it was there before the pool and will be after it, it may run tasks of others, also
 of other pools, and several at once in threads. So nothing here is the process's own: an outpost is found by its pool's
 random id, ``current_session()`` is the call's, and closing undoes what opening did.
-
-How the token travels:
-
- 1. The parent seals it into a ``Parcel`` with a number; a cell takes no parcel older than the one it holds.
- 2. A parcel tells how long the token lives, not until when: another host has another boot clock. The time counts from
-    the arrival, or, once the outpost has asked and the answer says which question it answers, from the question: what
-    the network took then shortens the token's life here, and never lengthens it.
- 3. Nothing that holds a token shows it: not in a repr, hence not in a cluster's logs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
-import pickle
 import threading
 import time
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from shpool.board import CLOSED
 from shpool.engines.leased_gate import LeasedGate
+from shpool.engines.sealed import Answer, Call
 from shpool.engines.serve import Kind, unreadable
 from shpool.gate import unanswered
 from shpool.logs import RelayHandler
 from shpool.shared import SharedSession, adopt_session, is_session_here, leave_session, take_session
-from shpool.tokens import SYSTEM_CLOCK, Posting, boot_time
 from shpool.worker import call, call_each, dump_each, dump_error, load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from shpool.engines.parcels import TokenCell
     from shpool.engines.setup import WorkerSetup
 
 _MOST_FUNCTIONS = 128  # an outpost keeps at a time
 _MOST_RECORDS = 1000  # log records that an answer carries
-_ASK_PAUSE = 0.5  # s between two questions for a token
-
-
-@dataclass(frozen=True, repr=False)
-class Parcel:
-    """A posting on its way to another host.
-
-    Attributes:
-        number: Of the posting, from 1.
-        payload: The posting as bytes; empty once sharing has ended.
-        remaining: Seconds the token had when it was sealed.
-        sealed: When that was, by the sender's boot clock.
-        asked: When the receiver asked for it, by its own boot clock; None for one that comes unasked.
-    """
-
-    number: int
-    payload: bytes
-    remaining: float
-    sealed: float
-    asked: float | None = None
-
-    @classmethod
-    def of(cls, posting: Posting, number: int) -> Parcel:
-        """Seal a posting."""
-        now = SYSTEM_CLOCK.now()
-        remaining = 0.0 if posting.token is None else posting.token.remaining(now)
-        return cls(number, posting.to_bytes(), remaining, now.boot)
-
-    def resealed(self, asked: float | None = None) -> Parcel:
-        """Return the same for another departure, from the process that sealed it: time has passed."""
-        now = boot_time()
-        return replace(self, remaining=self.remaining - (now - self.sealed), sealed=now, asked=asked)
-
-    def __repr__(self) -> str:
-        return f"<Parcel {self.number}>"
-
-
-class TokenCell:
-    """A token in the memory of a process far from the parent: a ``TokenReader`` that parcels are put into.
-
-    Args:
-        ask: Asks the parent for a parcel, given this host's boot clock; must not wait for it.
-    """
-
-    def __init__(self, ask: Callable[[float], object] = lambda _: None) -> None:
-        self._ask = ask
-        self._lock = threading.Lock()  # guards what follows
-        self.version_word = [0]
-        self._payload = b""
-        self._deadline = math.inf
-        self._offset = -math.inf  # this host's boot clock less the parent's, at least
-        self._asked = -math.inf
-
-    def take(self, parcel: Parcel) -> None:
-        """Put a parcel in, unless a newer one is there."""
-        with self._lock:
-            here = boot_time()
-            if parcel.asked is not None:
-                self._offset = max(self._offset, parcel.asked - parcel.sealed)
-            if self._offset > -math.inf:
-                here = min(here, parcel.sealed + self._offset)
-            if not self.version_word[0] <= parcel.number < CLOSED:
-                return
-            posting = Posting.from_bytes(parcel.payload)
-            if posting.token is not None:
-                posting = replace(posting, token=replace(posting.token, deadline=here + parcel.remaining))
-            self._deadline = math.inf if posting.token is None else posting.token.deadline
-            self._payload = posting.to_bytes()
-            self.version_word[0] = parcel.number
-
-    def read(self) -> tuple[int, bytes]:
-        """Return the newest parcel's number and posting; asks for another where this one is of no use."""
-        with self._lock:
-            version, payload, now = self.version_word[0], self._payload, boot_time()
-            is_wanted = version != CLOSED and (not version or now >= self._deadline) and now - self._asked > _ASK_PAUSE
-            if is_wanted:
-                self._asked = now
-        if is_wanted:
-            self._ask(now)
-        return version, payload
-
-    def close(self) -> None:
-        """Tell readers that sharing has ended, and forget the token."""
-        with self._lock:
-            self.version_word[0], self._payload = CLOSED, b""
-
-
-class Call:
-    """A call, or a batch of them, as it travels: sealed, so that no cluster looks into it or prints its arguments.
-
-    Attributes:
-        pool: Id of the pool.
-        number: Of the launch; a further attempt has another.
-        kind: CALL, BATCH or BATCH_STAR.
-        key: The function's digest.
-        function: The pickled function; empty where the worker is thought to have it.
-        payload: The pickled arguments.
-        is_timed: The worker is to tell when it begins.
-    """
-
-    __slots__ = ("function", "is_timed", "key", "kind", "number", "payload", "pool")
-
-    def __init__(  # noqa: PLR0913, PLR0917 - a record
-        self,
-        pool: str,
-        number: int,
-        kind: int,
-        key: bytes,
-        function: bytes,
-        payload: bytes,
-        is_timed: bool,  # noqa: FBT001 - as above
-    ) -> None:
-        self.pool = pool
-        self.number = number
-        self.kind = kind
-        self.key = key
-        self.function = function
-        self.payload = payload
-        self.is_timed = is_timed
-
-    def __reduce__(self) -> tuple[object, ...]:
-        fields = (self.pool, self.number, self.kind, self.key, self.function, self.payload, self.is_timed)
-        return Call, fields
-
-    def __repr__(self) -> str:
-        return f"<Call {self.number}>"
-
-
-class Answer(NamedTuple):
-    """What became of a call.
-
-    Attributes:
-        kind: RESULT, ERROR, UNFIT (the initializer failed) or FUNCTION (the worker lacks it).
-        seconds: Time the call took.
-        pid: The worker's process id.
-        payload: The pickled result or error.
-        records: Log records, packed.
-    """
-
-    kind: int
-    seconds: float
-    pid: int
-    payload: bytes = b""
-    records: tuple[bytes, ...] = ()
-
-    def to_bytes(self) -> bytes:
-        """Return the answer as it travels."""
-        return pickle.dumps(tuple(self), protocol=5)
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Answer:
-        """Read what ``to_bytes`` wrote."""
-        return cls(*pickle.loads(data))
 
 
 class Outpost:

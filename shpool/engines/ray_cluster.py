@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from shpool.engines.cluster import Events
-    from shpool.engines.outpost import Call, Parcel
+    from shpool.engines.parcels import Parcel
     from shpool.engines.ray import RayEngine
+    from shpool.engines.sealed import Call
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,8 @@ import ray
 from ray.exceptions import ActorDiedError, RayError
 
 from shpool.board import CLOSED
-from shpool.engines.outpost import Outpost, Parcel, TokenCell, close_outpost, open_outpost, outpost_of
+from shpool.engines.outpost import Outpost, close_outpost, open_outpost, outpost_of
+from shpool.engines.parcels import Parcel, TokenCell
 from shpool.tokens import Posting, boot_time
 
 if TYPE_CHECKING:

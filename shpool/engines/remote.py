@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from shpool.engines.cluster import Lost, RemoteChannel, Unbegun
 from shpool.engines.lease_office import LeaseOffice
 from shpool.engines.looping import LoopingEngine
-from shpool.engines.outpost import Answer, Call, note_home
+from shpool.engines.outpost import note_home
+from shpool.engines.sealed import Answer, Call
 from shpool.engines.serve import NO_KEY, Kind, Message, dump_setup
 from shpool.engines.setup import WorkerSetup
 from shpool.errors import ClusterUnreachableError, TaskError, TaskTerminatedError, TaskTimeoutError, WorkerLostError

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from multiprocessing.reduction import DupFd
 from typing import TYPE_CHECKING, Any
 
+from shpool.checks import checked_number
 from shpool.errors import GateUnusableError
-from shpool.gate.limits import Lane, Limits, Usage, checked_number, cut_rate, grown_rate, preset, usual_burst
+from shpool.gate.limits import Lane, Limits, Usage, cut_rate, grown_rate, preset, usual_burst
 from shpool.gate.segment import (
     BUSY,
     CUT,

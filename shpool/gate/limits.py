@@ -274,27 +274,6 @@ def grown_rate(cut: float, seconds: float, used: float | None = None) -> float |
     return grown if grown < _FORGOTTEN_AT * max(cut, used or 0.0) else None
 
 
-def checked_number(number: object, name: str) -> float:
-    """Return a number from 0.
-
-    Args:
-        number: What was given for one.
-        name: What to call it in errors.
-
-    Raises:
-        TypeError: It is no number.
-        ValueError: It is less than 0, or not finite.
-    """
-    if isinstance(number, bool) or not hasattr(number, "__float__"):
-        msg = f"{name} must be a number, not {type(number).__name__}"
-        raise TypeError(msg)
-    value = float(number)
-    if not 0.0 <= value < math.inf:
-        msg = f"{name} must be a finite number from 0, not {number!r}"
-        raise ValueError(msg)
-    return value
-
-
 def _checked_connections(connections: int | None) -> int:
     if connections is None:
         return 0
