@@ -149,6 +149,52 @@ def test_a_task_whose_worker_dies_is_told_so_and_ran_once(
         assert pool.stats().workers_lost == 1
 
 
+def test_a_task_sent_before_there_is_a_worker_runs_no_more_often(server: LoopbackServer, tmp_path: Path) -> None:
+    with (
+        DaskProcesses(0) as processes,
+        AuthenticatedProcessPool(session_at(server), engine=DaskEngine(processes.address)) as pool,
+    ):
+        future = pool.submit(die_once, str(tmp_path), 1, 1)
+        late = pool.options(timeout=0.1).submit(begin_and_wait, str(tmp_path / "begun"), str(tmp_path / "never"))
+        processes.add_worker()
+        assert isinstance(future.exception(PATIENCE), WorkerLostError)
+        assert isinstance(late.exception(PATIENCE), TaskTimeoutError)
+        assert pool.submit(double, 4).result(PATIENCE) == 8
+        assert pool.stats().workers_lost == 2
+
+
+def test_what_runs_on_a_retired_worker_runs_again(server: LoopbackServer, tmp_path: Path) -> None:
+    from distributed import Client
+
+    with (
+        DaskProcesses(1) as processes,
+        Client(processes.address, set_as_default=False) as client,
+        AuthenticatedProcessPool(session_at(server), engine=DaskEngine(processes.address)) as pool,
+    ):
+        future = pool.submit(begin_and_wait, str(tmp_path / "begun"), str(tmp_path / "go"))
+        until((tmp_path / "begun").exists)
+        retired = list(client.scheduler_info()["workers"])
+        processes.add_worker()
+        client.retire_workers(retired)
+        leave_mark(str(tmp_path / "go"))
+        assert future.exception(PATIENCE) is None
+        assert pool.stats().workers_lost == 0
+
+
+def test_tasks_go_where_others_leave_room(dask_engine: DaskEngine, server: LoopbackServer, tmp_path: Path) -> None:
+    from distributed import Client
+
+    with Client(dask_engine.address, set_as_default=False) as client:
+        stranger = client.submit(begin_and_wait, str(tmp_path / "begun"), str(tmp_path / "go"))
+        until((tmp_path / "begun").exists)
+        with AuthenticatedProcessPool(session_at(server), engine=dask_engine) as pool:
+            assert pool.max_workers == 1
+            assert [pool.submit(double, number).result(PATIENCE) for number in range(4)] == [0, 2, 4, 6]
+            leave_mark(str(tmp_path / "go"))
+            stranger.result(PATIENCE)
+            until(lambda: pool.max_workers == 2)
+
+
 def test_a_lost_workers_tasks_run_again_where_retries_are_left(
     own: DaskProcesses, server: LoopbackServer, tmp_path: Path
 ) -> None:
@@ -314,6 +360,33 @@ def test_a_scheduler_that_dies_ends_the_pool_with_an_error(
         with pytest.raises(ClusterUnreachableError, match="connection to the scheduler was lost"):
             pool.submit(double, 1)
     assert pool.stats().state == "closed"
+
+
+def test_a_scheduler_that_falls_silent_ends_the_pool_with_an_error(
+    own: DaskProcesses, server: LoopbackServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shpool.engines import dask_watch
+
+    monkeypatch.setattr(dask_watch, "_LOST", 2.0)
+    pool = AuthenticatedProcessPool(session_at(server), engine=DaskEngine(own.address))
+    with pool:
+        future = pool.submit(begin_and_wait, str(tmp_path / "begun"), str(tmp_path / "never"))
+        until((tmp_path / "begun").exists)
+        own.stop_scheduler()
+        with pytest.raises(ClusterUnreachableError, match="has not answered"):
+            future.result(PATIENCE)
+
+
+def test_a_pool_can_be_left_while_the_scheduler_is_silent(
+    own: DaskProcesses, server: LoopbackServer, tmp_path: Path
+) -> None:
+    pool = AuthenticatedProcessPool(session_at(server), engine=DaskEngine(own.address))
+    pool.__enter__()
+    future = pool.submit(begin_and_wait, str(tmp_path / "begun"), str(tmp_path / "never"))
+    until((tmp_path / "begun").exists)
+    own.stop_scheduler()
+    in_time(pool.terminate)
+    assert isinstance(future.exception(), TaskTerminatedError)
 
 
 def held_by_worker(dask_worker: Any) -> tuple[int, list[str], str]:

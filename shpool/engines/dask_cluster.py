@@ -35,6 +35,7 @@ from shpool.engines.dask_outpost import (
     take_parcel,
     topic_of,
 )
+from shpool.engines.dask_watch import SchedulerWatch
 from shpool.errors import ClusterError, ClusterUnreachableError, SHUserWarning
 from shpool.origins import host_of, is_loopback_host
 
@@ -54,11 +55,11 @@ CONNECT_WITHIN = 7.0  # s
 _ADMIT_WITHIN = 10.0  # s for the workers to open their outposts
 _NO_ANSWER = "no worker has answered"
 _LEAVE_WITHIN = 5.0  # s for each of the steps of leaving
-_STOP_WITHIN = 5.0  # s to kill a worker
+_WORD_WITHIN = 2.0  # s for a sign that the scheduler is there, before these steps
+_STOP_WITHIN = 3.0  # s to kill a worker
 # s until results are released, unless calls are sent before: the client sends once in 10 ms, and a release by itself
 # would let the next call wait for that.
 _RELEASE_AFTER = 0.05
-_LOOK = 0.25  # s between two looks whether the scheduler is still there
 _LARGE = 4 * 1024 * 1024  # bytes of calls from which Dask might warn of a large graph, which these are not
 _PRIVATE = ("tls://", "wss://", "inproc://")  # what nobody on the network can read
 
@@ -73,6 +74,7 @@ class _Member:
         pid: Its process id.
         has_nanny: It can be killed, as it is started again then.
         calls: Numbers of the calls that were sent there and have not ended, oldest first.
+        strangers: How many tasks of others it has.
     """
 
     address: str
@@ -80,10 +82,17 @@ class _Member:
     pid: int
     has_nanny: bool
     calls: dict[int, None] = field(default_factory=dict)
+    strangers: int = 0
 
     @property
-    def load(self) -> float:
-        return len(self.calls) / self.threads
+    def room(self) -> int:
+        """How many calls can run here at once beside what others have here."""
+        return max(0, self.threads - self.strangers)
+
+    @property
+    def load(self) -> tuple[bool, float]:
+        """What tells who is next to get a call: those without room last."""
+        return not self.room, len(self.calls) / (self.room or self.threads)
 
 
 class DaskCluster:
@@ -118,8 +127,11 @@ class DaskCluster:
         self._events: Events
         self._pool = ""
         self._client: Client | None = None
+        self._watch: SchedulerWatch | None = None
         self._members: dict[str, _Member] = {}
         self._futures: dict[int, Any] = {}
+        self._waiting: dict[int, Call] = {}  # until there is a worker; Dask would run them as often as it likes
+        self._marker: Any = None  # a task that shows a cluster which grows on demand that there is something to do
         self._spent: list[Any] = []  # futures to release
         self._parcel: Parcel | None = None
         self._tasks: set[asyncio.Task[Any]] = set()  # kept, as the loop itself holds them weakly
@@ -224,7 +236,10 @@ class DaskCluster:
         except Exception as exc:
             reason = f"its workers cannot take part ({_words_of(exc)}); they need the same version of shpool"
             raise ClusterError(address, reason) from exc
-        self._spawn(self._watch(client))
+        self._watch = SchedulerWatch(client, self._key(""))
+        await self._watch.begin()
+        self._recount()
+        self._spawn(self._keep_watch(self._watch))
 
     async def _register(self, client: Client, setup: bytes) -> None:
         """Open the outposts. Each tells of itself too, so that a worker that never answers keeps no other from work."""
@@ -232,15 +247,13 @@ class DaskCluster:
         for hello in (await client.run(describe)).values():
             self._admit(hello)
 
-    async def _watch(self, client: Client) -> None:
+    async def _keep_watch(self, watch: SchedulerWatch) -> None:
         """Tell the engine when the scheduler is gone: what was sent there is lost, and the plugin with it."""
-        while client.status == "running":  # noqa: ASYNC110 - the client has no event for it
-            await asyncio.sleep(_LOOK)
-        if self._client is client:
-            self._events.failed(self._lost_scheduler())
+        reason = await watch.run(self._recount)
+        if self._client is not None:
+            self._events.failed(self._lost_scheduler(reason))
 
-    def _lost_scheduler(self) -> ClusterUnreachableError:
-        reason = "the connection to the scheduler was lost"
+    def _lost_scheduler(self, reason: str = "the connection to the scheduler was lost") -> ClusterUnreachableError:
         return ClusterUnreachableError(self._address or "dask", reason)
 
     async def _close(self) -> None:
@@ -249,18 +262,19 @@ class DaskCluster:
         self._spent.clear()
         if client is None:
             return
-        topic = topic_of(self._pool)
-        if client.status == "running":
+        topic, watch = topic_of(self._pool), self._watch
+        if client.status == "running" and (watch is None or await watch.answer_within(_WORD_WITHIN)):
             self._drop(list(self._futures))
             await _try(client.unregister_worker_plugin(topic))
             client.unsubscribe_topic("all")
             if not await _try(client.run_on_scheduler(forget_topic, topic)):
                 client.unsubscribe_topic(topic)  # not before: it would bring the topic back
+        if watch is not None:
+            watch.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        with contextlib.suppress(Exception):
-            await client.close(_LEAVE_WITHIN)
+        await _try(client.close(_WORD_WITHIN))
 
     def _spawn(self, coroutine: Coroutine[Any, Any, object]) -> None:
         task = asyncio.ensure_future(coroutine)
@@ -294,11 +308,15 @@ class DaskCluster:
         if address not in self._members:
             self._members[address] = _Member(address, hello["threads"], hello["pid"], hello["has_nanny"])
             self._recount()
+            self._launch_waiting()
         self._events.joined(address)
         self._answer({"ask": address, "clock": hello["clock"]})
 
     def _dismiss(self, message: Message) -> None:
-        """Take a worker out, and with it what it had: those that may have begun are lost, the others may go again."""
+        """Take a worker out, and with it what it had: those that may have begun are lost, the others may go again.
+
+        So may all of a worker that was sent away in order, as Dask's own tasks do then.
+        """
         member = self._members.pop(message["worker"], None)
         if member is None:
             return
@@ -309,12 +327,17 @@ class DaskCluster:
         done = message.get("lost-computed-tasks", ())
         running = member.threads
         for number in list(member.calls):
-            is_lost = self._key(number) in done or running > 0
+            is_lost = not message.get("expected") and (self._key(number) in done or running > 0)
             running -= self._key(number) not in done
             self._end(number, Lost(member.pid) if is_lost else Unbegun())
 
     def _recount(self) -> None:
-        self.capacity = sum(member.threads for member in self._members.values())
+        """Count what can run at once: beside the tasks of others, or with them, where they are everywhere."""
+        strangers = {} if self._watch is None else self._watch.strangers
+        for member in self._members.values():
+            member.strangers = strangers.get(member.address, 0)
+        members = self._members.values()
+        self.capacity = sum(member.room for member in members) or sum(member.threads for member in members)
         self._events.changed()
 
     def _push(self, parcel: Parcel) -> None:
@@ -344,30 +367,36 @@ class DaskCluster:
     # In the loop: calls
 
     def _launch(self, calls: Sequence[Call]) -> None:
-        groups: dict[str | None, list[Call]] = {}
+        groups: dict[str, list[Call]] = {}
         for call in calls:
-            groups.setdefault(self._place(call.number), []).append(call)
             self._futures[call.number] = None
+            member = min(self._members.values(), key=lambda member: member.load, default=None)
+            if member is None:
+                self._await_worker(call)
+            else:
+                member.calls[call.number] = None
+                groups.setdefault(member.address, []).append(call)
         for address, group in groups.items():
             self._send(address, group)
         self._spent.clear()
 
-    def _place(self, number: int) -> str | None:
-        """Choose a worker; while there is none, whichever comes, so that a cluster that grows on demand does."""
-        member = min(self._members.values(), key=lambda member: member.load, default=None)
-        if member is None:
-            return None
-        member.calls[number] = None
-        return member.address
+    def _await_worker(self, call: Call) -> None:
+        self._waiting[call.number] = call
+        if self._marker is None and self._client is not None:
+            self._marker = self._client.submit(int, key=self._key("wanted"), pure=False)
 
-    def _send(self, address: str | None, calls: list[Call]) -> None:
+    def _launch_waiting(self) -> None:
+        waiting, self._waiting, self._marker = self._waiting, {}, None
+        self._launch(list(waiting.values()))
+
+    def _send(self, address: str, calls: list[Call]) -> None:
         try:
             self._map(address, calls)
         except Exception as exc:  # noqa: BLE001 - border: the cluster's own code
             for call in calls:
                 self._end(call.number, exc)
 
-    def _map(self, address: str | None, calls: list[Call]) -> None:
+    def _map(self, address: str, calls: list[Call]) -> None:
         """Hand calls to Dask, in one message."""
         if self._client is None:
             return
@@ -379,7 +408,7 @@ class DaskCluster:
                 run_call,
                 calls,
                 key=keys,
-                workers=None if address is None else [address],
+                workers=[address],
                 pure=False,
                 retries=0,
                 batch_size=None,
@@ -420,11 +449,18 @@ class DaskCluster:
     def _drop(self, numbers: Sequence[int]) -> None:
         """Let go of calls' results; what has not ended is not to run any more."""
         futures = [self._futures.pop(number, None) for number in numbers]
+        for number in numbers:
+            self._waiting.pop(number, None)
         dropped = [future for future in futures if future is not None and not future.done()]
         if dropped and self._client is not None:
             self._spawn(self._client.cancel(dropped, force=True))
 
     async def _stop(self, number: int) -> bool:
+        if number in self._waiting:
+            self._end(number, Unbegun())
+            return True
+        if self._watch is None or self._watch.is_silent:
+            return False
         member = next((member for member in self._members.values() if number in member.calls), None)
         if member is None or self._client is None or not member.has_nanny:
             return False
@@ -439,7 +475,7 @@ class DaskCluster:
         await self._client.run(kill_worker, workers=[member.address], nanny=True)
         return True
 
-    def _key(self, number: int) -> str:
+    def _key(self, number: int | str) -> str:
         return f"shpool-{self._pool}-{number}"
 
 

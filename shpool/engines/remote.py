@@ -44,6 +44,7 @@ _MOST_AHEAD = 64  # calls at a worker beyond the one it runs
 _PACE_MEMORY = 0.2  # share of the newest call's time in the running mean
 _LARGE_FUNCTION = 16 * 1024  # bytes from which a function goes to a worker only when it asks for it
 _LONGEST_NAP = 3600.0  # s
+_STOP_WITHIN = 3.0  # s for all that runs, when the pool ends at once
 
 
 @dataclass(eq=False)
@@ -129,9 +130,14 @@ class RemoteEngine(LoopingEngine):
         with self._lock:
             self._open(flight)
             is_idle = not self._aloft and self._launching.acquire(blocking=False)
-            calls = self._next_calls() if is_idle else []
-            if not calls or flight.task.timeout is not None or self._dispatch:
-                self._ring()
+            try:
+                calls = self._next_calls() if is_idle else []
+                if not calls or flight.task.timeout is not None or self._dispatch:
+                    self._ring()
+            except BaseException:
+                if is_idle:
+                    self._launching.release()
+                raise
         if is_idle:
             try:
                 self._launch(calls)
@@ -344,8 +350,10 @@ class RemoteEngine(LoopingEngine):
         with self._lock:
             launches, self._aloft = self._aloft, {}
         if self._is_killing and self._fatal is None:
+            give_up = time.monotonic() + _STOP_WITHIN
             for number in launches:
-                self._cluster.stop(number)
+                if time.monotonic() < give_up:
+                    self._cluster.stop(number)
         if launches:
             self._cluster.cancel(list(launches))
         for launch in launches.values():
