@@ -91,8 +91,11 @@ def test_right_files_that_are_there_are_not_fetched_again(shell: Shell, server: 
     sent = server.bytes_sent
     done = shell.run(*args, "--json")
     told = json.loads(done.stderr.splitlines()[-1])
-    assert (done.returncode, told["present"], told["received"]) == (0, 6, 0)
+    assert (done.returncode, told["present"], told["by_size"], told["received"]) == (0, 6, 6, 0)
     assert server.bytes_sent == sent
+    done = shell.run(*args)
+    assert ", 6 were there (6 by size alone), " in done.stderr
+    assert all(record["result"]["by_size"] for record in records(done.stdout))
 
 
 def test_a_limit_leaves_the_rest(shell: Shell, server: LoopbackServer) -> None:

@@ -275,6 +275,51 @@ def test_a_file_of_which_nothing_is_known_is_compared_with_the_servers_length(
     assert files_in(tmp_path / "d") == {"a.tif": data}
 
 
+@pytest.mark.parametrize("size", [None, 1000])
+def test_a_file_of_the_right_size_alone_is_said_to_be_that(
+    fetch: Fetch, server: LoopbackServer, tmp_path: Path, size: int | None
+) -> None:
+    item = {"url": server.put_file("a.tif", content(1000)), "size": size}
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.tif").write_bytes(b"\0" * 1000)
+    found = only(fetch(item))
+    assert (found.status, found.by_size, found.received) == ("skipped", True, 0)
+    assert not only(fetch({**item, "sha256": sha256(content(1000))})).by_size
+
+
+@pytest.mark.parametrize("fault", [FileFault(), FileFault(ignores_range=True)])
+def test_a_file_that_has_changed_on_the_server_since_is_fetched_anew(
+    fetch: Fetch, server: LoopbackServer, tmp_path: Path, fault: FileFault
+) -> None:
+    dated = {"Last-Modified": "Wed, 01 May 2024 12:00:00 GMT"}
+    data, changed = content(1000), 1_714_564_800.0
+    url = server.put_file("a.tif", data, dated)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.tif").write_bytes(b"\0" * 1000)
+    os.utime(tmp_path / "d" / "a.tif", (changed, changed))
+    server.fail_file("a.tif", fault)
+    assert only(fetch(url, retries=0)).by_size
+    os.utime(tmp_path / "d" / "a.tif", (changed - 1, changed - 1))
+    server.fail_file("a.tif", fault)
+    assert only(fetch(url, retries=0)).status == "done"
+    assert files_in(tmp_path / "d") == {"a.tif": data}
+
+
+def test_a_checksum_the_server_sends_says_more_than_the_size(
+    fetch: Fetch, server: LoopbackServer, tmp_path: Path
+) -> None:
+    data = content(1000)
+    digest = base64.b64encode(hashlib.sha256(data).digest()).decode()
+    url = server.put_file("a.tif", data, {"Repr-Digest": f"sha-256=:{digest}:"})
+    (tmp_path / "d").mkdir()
+    for there, status in ((b"\0" * 1000, "done"), (data, "skipped")):
+        (tmp_path / "d" / "a.tif").write_bytes(there)
+        server.fail_file("a.tif", FileFault(ignores_range=True))
+        found = only(fetch(url, retries=0))
+        assert (found.status, found.by_size) == (status, False)
+        assert files_in(tmp_path / "d") == {"a.tif": data}
+
+
 # Parts
 
 

@@ -118,12 +118,14 @@ def download(  # noqa: PLR0913 - options of a command line
     All of it is checked before the login and before anything is fetched; two files with one path are refused.
 
     A file stands under its name only once it is complete, verified and on disk; until then it is NAME.part, from which
-    the next run goes on. A right file that is there is not fetched again: right by size and checksum where these are
-    given, else by the server's word on its size. The token is renewed while files are on their way, and never sent to
-    another origin that a redirect leads to. A web page or an error in JSON is not taken for a file.
+    the next run goes on. A right file that is there is not fetched again: right by its checksum, where one is given or
+    the server sends one. Without one the server is asked, one request a file: it must have as many bytes and no later
+    date than the file there. That is no proof: the end's words count such files as "by size alone". --overwrite fetches
+    them; a checksum or --journal spares the question. The token is renewed while files are on their way, and never sent
+    to another origin that a redirect leads to. A web page or an error in JSON is not taken for a file.
 
     Results are JSON Lines in the order the files finish: index, key, status, result (url, path, bytes, received,
-    was_there) or error, attempts, seconds.
+    was_there, by_size) or error, attempts, seconds.
 
     ^C lets running groups of files end for half a second; a second ^C ends at once. The same command goes on.
 

@@ -25,7 +25,8 @@ class FileSummary(Summary):
     """What a run of downloads came to; its jobs are files.
 
     Attributes:
-        present: Of the files that are done, those that were there already and are right.
+        present: Of the files that are done, those that were there already and were not fetched.
+        by_size: Of these, those of which only the size says that they are right.
         bytes: Size of those that are done in this run, present ones included.
         received: Bytes that were transferred for them.
     """
@@ -33,11 +34,13 @@ class FileSummary(Summary):
     _noun: ClassVar[str] = "file"
 
     present: int = 0
+    by_size: int = 0
     bytes: int = 0
     received: int = 0
 
     def _amounts(self) -> list[str]:
-        return [shown_bytes(self.bytes), *([f"{self.present} were there"] if self.present else [])]
+        alone = f" ({self.by_size} by size alone)" if self.by_size else ""
+        return [shown_bytes(self.bytes), *([f"{self.present} were there{alone}"] if self.present else [])]
 
 
 class FileReport(Report):
@@ -53,6 +56,7 @@ class FileReport(Report):
         told = [json.loads(record.result) for record in records if record.result is not None]
         with self._lock:
             self._files.present += sum(each["was_there"] for each in told)
+            self._files.by_size += sum(each["by_size"] for each in told)
             self._files.bytes += sum(each["bytes"] for each in told)
             self._files.received += sum(each["received"] for each in told)
 
@@ -88,4 +92,5 @@ def file_of(result: DownloadResult) -> dict[str, Any]:
         "bytes": result.bytes,
         "received": result.received,
         "was_there": result.status == "skipped",
+        "by_size": result.by_size,
     }

@@ -238,6 +238,9 @@ class GroupFetch:
             self._redirect(incoming, outcome)
         elif isinstance(outcome, Refused):
             self._take_refusal(incoming, outcome.error)
+        elif isinstance(outcome, StartOver) and outcome.is_free:
+            incoming.go_back()
+            self._ready.append(incoming)
         elif isinstance(outcome, StartOver):
             error = ContentError(shown_url(incoming.planned.item.url), outcome.reason)
             self._retry(incoming, Failure(error), at_once=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from shpool.downloads.checksums import Hashers, has_digests
 from shpool.downloads.filenames import late_name, safe_name, url_digest
 from shpool.downloads.items import DownloadResult
-from shpool.downloads.partfile import PartFile, file_size, translated
+from shpool.downloads.partfile import PartFile, file_size, size_and_date, translated
 from shpool.downloads.press import Arrived
 from shpool.downloads.transfer import (
     NOTHING,
@@ -22,6 +23,7 @@ from shpool.downloads.transfer import (
     Wanted,
     Whole,
     can_continue,
+    is_younger,
     judge,
 )
 from shpool.errors import ContentError, DownloadError, TransferError
@@ -67,6 +69,7 @@ class Incoming:
         self._wanted = Wanted(item.url, planned.path or "", item.size, item.digests)
         self._part: PartFile | None = None
         self._checks_existing = False
+        self._is_proven = False  # a checksum the server states is that of the file there
         self._asked: Ask | None = None
         self._verdict: Verdict | None = None
         self._hashers = Hashers(())
@@ -87,7 +90,7 @@ class Incoming:
             if not self._settings.overwrite and (size := file_size(self.target)) is not None:
                 if self._is_right(size):
                     return self.skipped(size)
-                if not self._wanted.is_verifiable and size:
+                if size and not self._wanted.digests and self._wanted.size in (None, size):
                     self._checks_existing = True
                     return None
         self._part = PartFile.open(self._stem(), create=False)
@@ -107,7 +110,8 @@ class Incoming:
 
     def _standing(self) -> Standing:
         if self._checks_existing and self.target is not None:
-            return Standing(file_size(self.target) or 0)
+            size, written = size_and_date(self.target)
+            return Standing(size or 0, written=written)
         if self._part is None:
             return NOTHING
         standing = self._part.standing(url_digest(self._wanted.url), is_provable=bool(self._wanted.digests))
@@ -139,12 +143,15 @@ class Incoming:
         """Tell whether the file under this name is the one that is about to arrive."""
         if self._settings.overwrite or self.target is None or not (self._checks_existing or self.planned.path is None):
             return False
-        size = file_size(self.target)
+        size, written = size_and_date(self.target)
         if size is None or size != verdict.total:
             return False
         digests = [*self._wanted.digests, *verdict.digests]
         # Equal sizes prove nothing where the server names the file: two URLs may name theirs alike.
-        is_same = has_digests(self.target, digests) if digests else self.planned.path is not None
+        if digests:
+            is_same = self._is_proven = has_digests(self.target, digests)
+        else:
+            is_same = self.planned.path is not None and self.answer is not None and not is_younger(self.answer, written)
         self._checks_existing = self._checks_existing or is_same
         return is_same
 
@@ -202,6 +209,7 @@ class Incoming:
         if isinstance(verdict, Whole):
             return self._conclude_whole()
         if isinstance(verdict, StartOver):
+            verdict = StartOver(verdict.reason, is_free=self._checks_existing)
             self._start_over()
         if verdict is not None:
             return verdict
@@ -233,7 +241,7 @@ class Incoming:
 
     def _conclude_whole(self) -> DownloadResult | Arrived | StartOver:
         if self._checks_existing and self.target is not None:
-            return self.skipped(file_size(self.target) or 0)
+            return self.skipped(file_size(self.target) or 0, by_size=not self._is_proven)
         if self.target is None:
             self.target = self._folder.locate(self._noted_name() or late_name(self._wanted.url, ""))
         hashers = Hashers(self._wanted.digests)
@@ -270,9 +278,11 @@ class Incoming:
     def _is_right(self, size: int) -> bool:
         """Tell whether the file under the target's name is the one that is wanted, as far as that is known."""
         wanted = self._wanted
-        if not wanted.is_verifiable or self.target is None or wanted.size not in (None, size):
+        if self.target is None or wanted.size not in (None, size):
             return False
-        return not wanted.digests or has_digests(self.target, wanted.digests)
+        if not wanted.digests:
+            return size == wanted.size == 0  # then there is nothing to be wrong
+        return has_digests(self.target, wanted.digests)
 
     def _arrived(self) -> Arrived:
         assert self._part is not None
@@ -292,9 +302,9 @@ class Incoming:
         """Bytes of it on disk."""
         return self._part.size if self._part is not None and self._part.descriptor >= 0 else 0
 
-    def skipped(self, size: int) -> DownloadResult:
-        """Return the result of a file that was there."""
-        return self._result("skipped", size, None)
+    def skipped(self, size: int, *, by_size: bool = False) -> DownloadResult:
+        """Return the result of a file that was there; ``by_size``: nothing but its size says that it is right."""
+        return replace(self._result("skipped", size, None), by_size=by_size)
 
     def done(self, size: int) -> DownloadResult:
         """Return the result of a file that has its name now."""

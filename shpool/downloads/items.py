@@ -61,6 +61,7 @@ class DownloadResult:
         attempts: Requests made, redirects apart.
         seconds: From its first request until it was safe on disk.
         error: Why it failed.
+        by_size: It was skipped for its size alone: neither a checksum nor a journal says that its content is right.
     """
 
     index: int
@@ -72,6 +73,7 @@ class DownloadResult:
     attempts: int
     seconds: float
     error: Exception | None = None
+    by_size: bool = False
 
 
 @dataclass(frozen=True)

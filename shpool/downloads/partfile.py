@@ -276,8 +276,14 @@ def translated(error: OSError, path: str) -> DownloadError:
 
 def file_size(path: str) -> int | None:
     """Return the size of a regular file; None for anything else."""
+    size, _ = size_and_date(path)
+    return size
+
+
+def size_and_date(path: str) -> tuple[int | None, float]:
+    """Return the size of a regular file and when it was written, in seconds since the epoch; None for anything else."""
     try:
         found = os.lstat(path)
     except OSError:
-        return None
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
+        return None, 0.0
+    return (found.st_size if stat.S_ISREG(found.st_mode) else None), found.st_mtime

@@ -44,8 +44,8 @@ def download(  # noqa: PLR0913 - all but three are keyword-only, each with its d
     """Fetch files into a folder and yield one result for each, as they finish; a failed file raises nothing.
 
     A file appears under its name only once it is complete, verified and on disk; until then it is ``NAME.part``, from
-    which a later run goes on. A right file that is there is skipped: right by size and checksum where they are given,
-    else by the server's word on its size.
+    which a later run goes on. A right file that is there is skipped: right by its checksum where one is given or the
+    server sends one; else the server must have as many bytes and no later date, and the result says ``by_size``.
 
     Args:
         pool: An ``AuthenticatedProcessPool``, or a session to open one with for as long as this takes.

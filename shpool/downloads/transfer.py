@@ -7,8 +7,10 @@ The rules:
     or with a checksum that will prove it in the end.
  2. A 206 continues the part only if ``Content-Range`` says so to the byte, and its ETag is the part's. A 200 is the
     file from its start, whatever was asked. A 416 with the part's own length says that the part is all of it.
- 3. A file without known size and checksum that stands under its name is compared with the server's length: the bytes
-    behind its end are asked for, and a 416 with the same length says that it is whole.
+ 3. A file without a known checksum that stands under its name is compared with what the server says, in one request
+    without a body: the bytes behind its end are asked for, on condition that the server's file is not younger
+    (``If-Unmodified-Since``, RFC 9110 section 13.1.4). A 416 with the same length says that it is whole, by its size
+    alone; a 412 or another length that it is not. A checksum the server states with a 200 is compared with the file.
  4. The size stated by the answer must be the size that was given.
  5. A page in HTML, or an error in JSON, is not data, unless the file is to be one or the size or a checksum that was
     given will tell.
@@ -21,6 +23,7 @@ from __future__ import annotations
 import os.path
 import re
 from dataclasses import dataclass
+from email.utils import formatdate, mktime_tz, parsedate_tz
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urljoin
 
@@ -40,7 +43,7 @@ MOST_REDIRECTS = 10
 _PROGRESS = 1 << 20  # bytes that make failures before them forgotten
 _PAUSES = 20  # waits in a row that a server may ask for
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_OK, _PARTIAL, _UNAUTHORIZED, _NOT_SATISFIABLE = 200, 206, 401, 416
+_OK, _PARTIAL, _UNAUTHORIZED, _PRECONDITION_FAILED, _NOT_SATISFIABLE = 200, 206, 401, 412, 416
 _ASKS_TO_WAIT = (429, 503)
 _CONTENT_RANGE = re.compile(r"bytes\s+(?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18}|\*)", re.IGNORECASE)
 _HTML = frozenset({"text/html", "application/xhtml+xml"})
@@ -64,11 +67,6 @@ class Wanted(NamedTuple):
     size: int | None = None
     digests: Sequence[tuple[str, str]] = ()
 
-    @property
-    def is_verifiable(self) -> bool:
-        """Tell whether size or checksum were given."""
-        return self.size is not None or bool(self.digests)
-
 
 class Standing(NamedTuple):
     """What is on disk of a file.
@@ -76,10 +74,12 @@ class Standing(NamedTuple):
     Attributes:
         size: Bytes that have arrived.
         validator: ``ETag`` or ``Last-Modified`` that came with them; empty for none.
+        written: Of a file under its name, when that was, in seconds since the epoch; None for a part.
     """
 
     size: int = 0
     validator: str = ""
+    written: float | None = None
 
 
 NOTHING = Standing()
@@ -115,9 +115,15 @@ class Whole:
 
 @dataclass(frozen=True)
 class StartOver:
-    """What is on disk is of no use: throw it away and ask for everything."""
+    """What is on disk is of no use: throw it away and ask for everything.
+
+    Attributes:
+        reason: Why.
+        is_free: Nothing went wrong, it was only a look: no attempt of the file's.
+    """
 
     reason: str
+    is_free: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,6 +187,8 @@ class Ask(NamedTuple):
         fields = [f"Range: bytes={self.standing.size}-"]
         if self.standing.validator:
             fields.append(f"If-Range: {self.standing.validator}")
+        if self.standing.written is not None:
+            fields.append(f"If-Unmodified-Since: {formatdate(int(self.standing.written), usegmt=True)}")
         return fields
 
 
@@ -200,6 +208,8 @@ def judge(answer: Answer, ask: Ask, now: float) -> Verdict:
         found = _CONTENT_RANGE.match(answer.fields.get("content-range", ""))
         is_whole = found is not None and found[3] == str(ask.standing.size)
         return Whole() if is_whole else StartOver("the server has no such range of it")
+    if answer.status == _PRECONDITION_FAILED and ask.standing.written is not None:
+        return StartOver("it has changed on the server since the file there was written")
     if answer.status in _REDIRECTS and answer.fields.get("location"):
         return _judge_redirect(answer, ask)
     return _judge_error(answer, ask, now)
@@ -271,6 +281,12 @@ def page_in_place_of_data(answer: Answer, wanted: Wanted) -> ContentError | None
         return None
     reason = f"the server sent {media_type} in place of data; give its size or checksum if that is the file"
     return ContentError(shown_url(wanted.url), reason)
+
+
+def is_younger(answer: Answer, written: float) -> bool:
+    """Tell whether the server's file has changed since then, by its own date; not where it has none."""
+    parsed = parsedate_tz(answer.fields.get("last-modified", ""))
+    return parsed is not None and mktime_tz(parsed) > written
 
 
 def _wrong_size(wanted: Wanted, total: int | None) -> ContentError | None:

@@ -8,6 +8,7 @@ import re
 import threading
 from collections import defaultdict, deque
 from dataclasses import dataclass, field, replace
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
 from shpool.testing.messages import Request, Response
@@ -99,6 +100,8 @@ class FileShelf:
             return Response(fault.status, fault.body, fault.headers)
         if file is None:
             return Response(404)
+        if _has_changed(request, {**file.headers, **fault.headers}):
+            return Response(412)
         content = file.content if fault.content is None else fault.content
         response = _content(request, content, {**file.headers, **fault.headers}, fault)
         return replace(response, cut_at=fault.cut_at, stall_at=fault.stall_at)
@@ -111,6 +114,12 @@ class FileShelf:
             if dice.random() < share:
                 return dice.choice(faults)
         return FileFault()
+
+
+def _has_changed(request: Request, headers: Mapping[str, str]) -> bool:
+    """Tell whether the file is younger than the request wants it to be (RFC 9110, section 13.1.4)."""
+    condition, date = request.headers.get("if-unmodified-since"), headers.get("Last-Modified")
+    return bool(condition and date) and parsedate_to_datetime(date or "") > parsedate_to_datetime(condition or "")
 
 
 def _content(request: Request, content: bytes, headers: Mapping[str, str], fault: FileFault) -> Response:
