@@ -270,6 +270,26 @@ def test_a_journal_spares_what_is_done(shell: Shell, server: LoopbackServer) -> 
     assert [len(server.file_requests(name)) for name in data] == [2 if name == "t3.tif" else 1 for name in data]
 
 
+def test_a_done_file_that_is_gone_or_has_changed_is_fetched_anew(shell: Shell, server: LoopbackServer) -> None:
+    text, data = offer(server, 5)
+    shell.write("u.txt", text)
+    args = ["download", "u.txt", "--to", "d", "-w", "1", "--journal", "run.db", *shell.log_in_at(server)]
+    assert shell.run(*args, "--output", "out.jsonl").returncode == 0
+    (shell.folder / "d" / "t1.tif").unlink()
+    (shell.folder / "d" / "t3.tif").write_bytes(b"cut")
+    only_failed = shell.run(*args, "--only-failed")
+    assert "2 files that were done are gone or of another size, such as" in only_failed.stderr
+    assert len(files_in(shell.folder / "d")) == 4
+    done = shell.run(*args, "--output", "out.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "t1.tif: fetched anew" in done.stderr
+    assert "5 files, 4.0 kB, 2 lost since, 0 failed, 3 done before, " in done.stderr
+    assert files_in(shell.folder / "d") == data
+    found = records((shell.folder / "out.jsonl").read_text())
+    assert sorted(record["index"] for record in found) == list(range(5))
+    assert shell.run(*args).stderr.startswith("5 files, 0 B, 0 failed, 5 done before, 0 logins")
+
+
 def test_nothing_left_needs_no_login(shell: Shell, server: LoopbackServer) -> None:
     shell.write("u.txt", offer(server, 3)[0])
     args = ["download", "u.txt", "--to", "d", "-w", "1", "--journal", "run.db", *shell.log_in_at(server)]

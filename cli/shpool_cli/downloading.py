@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+from array import array
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, BinaryIO
 
-from shpool_cli.console import CommandError
+from shpool_cli.console import CommandError, say
 from shpool_cli.credentials import make_session
 from shpool_cli.filelist import Files
 from shpool_cli.filerun import Ends, FileRun
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from shpool.journal import Journal
+    from shpool.journal import JobRecord, Journal
     from shpool_cli.filereport import FileReport, FileSummary
     from shpool_cli.filerun import Order
     from shpool_cli.output.records import Record
@@ -49,12 +52,14 @@ def carry_out(order: Order, stdout: BinaryIO, summary: FileSummary) -> None:
             )
         if writer is None:
             writer = outputs.enter_context(opened_output(order.output, stdout, journal))
-        before, left = _catch_up(order, files, writer, journal)
-        if session is not None and left:
-            FileRun(order, files, session, Ends(writer, journal, told, before), summary).carry()
+        former = _catch_up(order, files, writer, journal)
+        summary.lost = len(former.lost)
+        former.tell(only_failed=order.only_failed)
+        if session is not None and former.left:
+            FileRun(order, files, session, Ends(writer, journal, told, former.done, former.lost), summary).carry()
         else:  # nothing to do is no reason to log in
-            summary.jobs, summary.before = files.count, before
-            summary.skipped = files.count - before
+            summary.jobs, summary.before = files.count, former.done
+            summary.skipped = files.count - former.done
 
 
 def _check_folder(folder: Path) -> None:
@@ -68,22 +73,58 @@ def _check_folder(folder: Path) -> None:
         raise CommandError(msg, "give another --to, or change its mode")
 
 
-def _catch_up(order: Order, files: Files, writer: ResultWriter, journal: Journal | None) -> tuple[int, int]:
-    """Write what former runs have done; return how many files that are, and how many are left to fetch."""
+@dataclass
+class _Former:
+    """What former runs have left.
+
+    Attributes:
+        done: Files that are done and there.
+        left: Files to fetch.
+        lost: Indexes of files that were done and are not there as they were, in order.
+        example: One of these.
+    """
+
+    done: int = 0
+    left: int = 0
+    lost: array[int] = field(default_factory=lambda: array("q"))
+    example: str = ""
+
+    def tell(self, *, only_failed: bool) -> None:
+        """Say what is lost."""
+        if self.lost:
+            count = "1 file that was done is" if len(self.lost) == 1 else f"{len(self.lost)} files that were done are"
+            then = "--only-failed leaves that so" if only_failed else "fetched anew"
+            say(f"warning: {count} gone or of another size, such as {self.example}: {then}")
+
+
+def _catch_up(order: Order, files: Files, writer: ResultWriter, journal: Journal | None) -> _Former:
+    """Write what former runs have done, as far as it is still there."""
     from shpool.journal import JournalView
 
     if journal is None or journal.run == 1:
-        return 0, 0 if order.only_failed else files.count
-    done = left = 0
+        return _Former(left=0 if order.only_failed else files.count)
+    former = _Former()
 
     def before() -> Iterator[Record]:
-        nonlocal done, left
         for job, record in JournalView(journal.path).lookup(files.jobs()):
-            if record is not None and record.status == "done":
-                done += 1
-                yield recalled(job.index, record)
+            if record is None or record.status != "done":
+                former.left += not order.only_failed or (record is not None and record.has_failed)
+            elif lost := _lost_file(record):
+                former.lost.append(job.index)
+                former.example = former.example or lost
+                former.left += not order.only_failed
             else:
-                left += not order.only_failed or (record is not None and record.has_failed)
+                former.done += 1
+                yield recalled(job.index, record)
 
     writer.catch_up(before())
-    return done, left
+    return former
+
+
+def _lost_file(record: JobRecord) -> str:
+    """Return the path of a file that was done and is gone or has another size now; empty while it is there."""
+    from shpool.downloads.partfile import file_size
+
+    told = json.loads(record.result or "{}")
+    path, size = told.get("path"), told.get("bytes")
+    return str(path) if path is None or file_size(path) != size else ""

@@ -27,6 +27,7 @@ class FileSummary(Summary):
     Attributes:
         present: Of the files that are done, those that were there already and were not fetched.
         by_size: Of these, those of which only the size says that they are right.
+        lost: Files that an earlier run had done, by the journal, and that were gone or of another size.
         bytes: Size of those that are done in this run, present ones included.
         received: Bytes that were transferred for them.
     """
@@ -35,12 +36,14 @@ class FileSummary(Summary):
 
     present: int = 0
     by_size: int = 0
+    lost: int = 0
     bytes: int = 0
     received: int = 0
 
     def _amounts(self) -> list[str]:
         alone = f" ({self.by_size} by size alone)" if self.by_size else ""
-        return [shown_bytes(self.bytes), *([f"{self.present} were there{alone}"] if self.present else [])]
+        there = [f"{self.present} were there{alone}"] if self.present else []
+        return [shown_bytes(self.bytes), *there, *([f"{self.lost} lost since"] if self.lost else [])]
 
 
 class FileReport(Report):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from shpool_cli.output.records import recorded
 from shpool_cli.stopping import Stopper
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from shpool.downloads import DownloadResult, FetchGroup, PlannedItem
@@ -74,12 +75,14 @@ class Ends:
         journal: The journal, if there is one.
         told: Where the journal finds the report.
         before: Files that former runs have done.
+        lost: Indexes of others that they have done and that are not there any more, in order.
     """
 
     writer: ResultWriter
     journal: Journal | None
     told: list[FileReport]
     before: int
+    lost: Sequence[int] = ()
 
 
 @dataclass
@@ -183,7 +186,10 @@ class FileRun:
         journal = self.ends.journal
         if journal is None:
             return True
-        claim = journal.claim(job, only_failed=self.order.only_failed)
+        lost = self.ends.lost
+        place = bisect_left(lost, job.index)
+        is_lost = place < len(lost) and lost[place] == job.index
+        claim = journal.claim(job, only_failed=self.order.only_failed, redo=is_lost)
         if claim.verdict == "run":
             journal.begin(job)
         elif claim.verdict == "skip":

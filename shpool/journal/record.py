@@ -127,12 +127,13 @@ class Journal:
         """Number of this run, from 1."""
         return self._run.id
 
-    def claim(self, job: Job, *, only_failed: bool = False) -> Claim:
+    def claim(self, job: Job, *, only_failed: bool = False, redo: bool = False) -> Claim:
         """Say what to do with a job; ask once for each job of the input, and run it where told to.
 
         Args:
             job: The job, whose position goes into ``Ended.indexes``.
             only_failed: Run only what failed before.
+            redo: What an earlier run did is lost: run it again.
 
         Raises:
             JournalError: The journal cannot be written any more.
@@ -148,7 +149,7 @@ class Journal:
             if record is not None and record.status != "running":
                 if record.run == self._run.id:
                     return Claim("duplicate", record)
-                if record.status == "done":
+                if record.status == "done" and not redo:
                     return Claim("done", record)
             if only_failed and (record is None or not record.has_failed):
                 return Claim("skip", record)
