@@ -419,6 +419,7 @@ _TEMPORARY_STATUS = 75  # EX_TEMPFAIL of <sysexits.h>: "the user is invited to r
 _SHELL_SIGNALS = 128  # a shell's exit status for a command that a signal killed, less the signal's number
 _LONGEST_COMMAND = 200  # characters of a command in an error's text
 _LONGEST_WORDS = 300  # characters of its last words there
+_LONGEST_END = 10_000  # characters at the end of its stderr that are searched for them
 
 
 class ShellJobError(ShpoolError):
@@ -427,14 +428,29 @@ class ShellJobError(ShpoolError):
     Args:
         command: What the shell was told; never the token.
         status: Its exit status; negative for a signal that killed the shell itself.
-        stderr: The last lines it wrote there.
+        stderr: What it wrote there; head and tail where that was much.
+        stdout: Likewise.
+        dropped: Bytes of both that were not kept.
     """
 
-    def __init__(self, command: str, status: int, stderr: str = "") -> None:
-        super().__init__(command, status, stderr)
+    def __init__(self, command: str, status: int, stderr: str = "", stdout: str = "", dropped: int = 0) -> None:
+        super().__init__(command, status, stderr, stdout, dropped)
         self.command = command
         self.status = status
         self.stderr = stderr
+        self.stdout = stdout
+        self.dropped = dropped
+
+    @property
+    def output(self) -> dict[str, str | int | None]:
+        """What it said and how it ended, under the names that ``ShellResult`` has for them."""
+        return {
+            "stdout": self.stdout,
+            "stderr": self.stderr,
+            "dropped": self.dropped,
+            "exit_status": self.status if self.status >= 0 else None,
+            "signal": self.signal_name or None,
+        }
 
     @property
     def signal_name(self) -> str:
@@ -466,7 +482,8 @@ class ShellJobError(ShpoolError):
 
     @property
     def _last_words(self) -> str:
-        words = " | ".join(" ".join(line.split()) for line in self.stderr.splitlines()[-3:])
+        lines = [line for line in self.stderr[-_LONGEST_END:].splitlines() if line.strip()]
+        words = " | ".join(" ".join(line.split()) for line in lines[-3:])
         return f": {words[-_LONGEST_WORDS:]}" if words else ""
 
 
@@ -476,12 +493,14 @@ class ShellTimeoutError(ShellJobError, TimeoutError):
     Args:
         command: What the shell was told.
         timeout: The limit in seconds.
-        stderr: The last lines it wrote there.
+        stderr: What it wrote there, until it was stopped; head and tail where that was much.
+        stdout: Likewise.
+        dropped: Bytes of both that were not kept.
     """
 
-    def __init__(self, command: str, timeout: float, stderr: str = "") -> None:
-        super().__init__(command, -signal.SIGTERM, stderr)
-        self.args = (command, timeout, stderr)
+    def __init__(self, command: str, timeout: float, stderr: str = "", stdout: str = "", dropped: int = 0) -> None:
+        super().__init__(command, -signal.SIGTERM, stderr, stdout, dropped)
+        self.args = (command, timeout, stderr, stdout, dropped)
         self.timeout = timeout
 
     def __str__(self) -> str:

@@ -712,7 +712,13 @@ def test_fields_are_quoted_and_what_a_command_says_is_its_result(runs: Runs) -> 
     runs.shell.write("in.csv", 'name,n\n"it\'s; echo $HOME",1\nb,2\n')
     done = runs.run("--shell", "echo {name} {n}; echo late >&2", "in.csv", *runs.resumable)
     assert done.returncode == 0, done.stderr
-    expected = {"stdout": "it's; echo $HOME 1\n", "stderr": "late\n", "dropped": 0}
+    expected = {
+        "stdout": "it's; echo $HOME 1\n",
+        "stderr": "late\n",
+        "dropped": 0,
+        "exit_status": 0,
+        "signal": None,
+    }
     assert runs.results == {0: expected, 1: {**expected, "stdout": "b 2\n"}}
     again = runs.run("--shell", "echo {name} {n}; echo late >&2", "in.csv", *runs.resumable)
     assert first_line(again).startswith("2 jobs, 0 failed, 2 done before, 0 logins, ")
@@ -740,13 +746,18 @@ def test_a_command_that_will_not_do_is_refused_before_anything_runs(
 
 
 def test_how_a_command_failed_is_recorded(runs: Runs) -> None:
-    runs.give(["exit 7", "kill -9 $$", "true"])
+    runs.give(["echo said; echo why >&2; exit 7", "kill -9 $$", "true"])
     done = runs.run("--shell", "eval {}", "in.jsonl", *runs.resumable)
     assert done.returncode == 1
     found = records(runs.out.read_text())
     assert "status 7" in found[0]["error"]
     assert "SIGKILL" in found[1]["error"]
     assert found[2]["status"] == "done"
+    said = {"stdout": "said\n", "stderr": "why\n", "dropped": 0, "exit_status": 7, "signal": None}
+    assert found[0]["result"] == said
+    assert (found[1]["result"]["exit_status"], found[1]["result"]["signal"]) == (None, "SIGKILL")
+    status = json.loads(runs.shell.run("status", "run.db", "--json").stdout)
+    assert said in [kind["example"]["result"] for kind in status["errors"]]
 
 
 def test_a_late_command_ends_with_all_it_started(runs: Runs) -> None:

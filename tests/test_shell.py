@@ -66,8 +66,17 @@ def test_secret_variables_are_not_inherited(inline: AuthenticatedProcessPool, mo
 def test_a_failure_says_what_failed_and_how(inline: AuthenticatedProcessPool) -> None:
     with pytest.raises(ShellJobError) as caught:
         run(inline, ShellCall("echo one >&2; echo no such tile >&2; exit {0}"), 4)
-    assert (caught.value.status, caught.value.stderr) == (4, "one\nno such tile")
+    assert (caught.value.status, caught.value.stderr) == (4, "one\nno such tile\n")
     assert "exit '4'] ended with exit status 4: one | no such tile; " in str(caught.value)
+
+
+def test_a_failure_keeps_what_was_said_within_the_limit(inline: AuthenticatedProcessPool) -> None:
+    with pytest.raises(ShellJobError) as caught:
+        run(inline, ShellCall("echo half done; yes | head -c 5000 >&2; kill -s SEGV $$", kept_output=1000))
+    output = pickle.loads(pickle.dumps(caught.value)).output
+    assert output["stdout"] == "half done\n"
+    assert "[4000 bytes dropped]" in output["stderr"]
+    assert (output["dropped"], output["exit_status"], output["signal"]) == (4000, None, "SIGSEGV")
 
 
 def test_an_error_holds_no_token(inline: AuthenticatedProcessPool, session: OAuthSession) -> None:
@@ -165,4 +174,5 @@ def test_a_terminated_pool_leaves_no_command(session: OAuthSession, tmp_path: Pa
 def test_a_result_has_a_json_form() -> None:
     from shpool_cli.output.jsonform import to_json
 
-    assert json.loads(to_json(ShellResult("a", "b"))) == {"stdout": "a", "stderr": "b", "dropped": 0}
+    said = {"stdout": "a", "stderr": "b", "dropped": 0, "exit_status": 0, "signal": None}
+    assert json.loads(to_json(ShellResult("a", "b"))) == said

@@ -236,4 +236,4 @@ def _job(record: JobRecord) -> dict[str, Any]:
 
 def _failed_job(record: JobRecord) -> dict[str, Any]:
     told = {"type": record.error_type, "text": record.error, "place": record.place, "traceback": record.traceback}
-    return _job(record) | told
+    return _job(record) | told | ({"result": json.loads(record.result)} if record.result is not None else {})

@@ -187,7 +187,7 @@ class Journal:
 
         Args:
             result: What became of the job.
-            text: What it returned, as JSON text.
+            text: What it returned, or said before it failed, as JSON text.
             place: File and line of the user's code that raised the error.
             worker: The process that ran it, where ``begin`` did not say.
 

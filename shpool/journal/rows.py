@@ -33,7 +33,7 @@ class JobRecord:
         place: File and line of the user's code that raised it; may be empty.
         traceback: The error's traceback.
         arguments: Positional and keyword arguments, as the JSON text of an array and an object in an array.
-        result: JSON text of what it returned; None when it failed.
+        result: JSON text of what it returned; when it failed, of what a shell command said, else None.
     """
 
     key: str

@@ -25,23 +25,25 @@ TOKEN_VARIABLE = "SHPOOL_TOKEN"  # noqa: S105 - a name
 # Of each output of a job. The JSON of gdalinfo for a product of many bands takes some 100 kB; results of this size from
 # four jobs in flight cost the parent 8 MiB a worker at worst.
 KEPT_OUTPUT = 1024 * 1024  # bytes
-_LAST_LINES = 10  # of stderr, in an error
-_LONGEST_LAST_LINES = 2000  # characters
 
 
 @dataclass(frozen=True)
 class ShellResult:
-    """What a command that ended well has said.
+    """What a command that ended well has said; of one that failed, ``ShellJobError.output`` holds the same.
 
     Attributes:
         stdout: Its standard output; head and tail where it was longer than the limit.
         stderr: Its standard error, likewise.
         dropped: Bytes of both that were dropped; a line in the text says where.
+        exit_status: What it ended with; None where a signal killed the shell itself.
+        signal: Name of the signal that killed the command, if one did.
     """
 
     stdout: str
     stderr: str
     dropped: int = 0
+    exit_status: int | None = 0
+    signal: str | None = None
 
 
 class ShellCall:
@@ -103,7 +105,7 @@ class ShellCall:
             ["/bin/sh", "-n", "-c", command], stdin=subprocess.DEVNULL, capture_output=True, check=False
         )
         if read.returncode:
-            words = _last_lines(read.stderr.decode(errors="replace"), 1) or f"exit status {read.returncode}"
+            words = _last_line(read.stderr.decode(errors="replace")) or f"exit status {read.returncode}"
             refuse(f"the shell cannot read it: {words}", "check its quotes and keywords")
 
     def command(self, /, *args: Any, **kwargs: Any) -> str:  # noqa: ANN401 - fields of any type
@@ -152,12 +154,13 @@ class ShellCall:
         return refuse(reason, "make the environment smaller, or give large values by way of a file")
 
     def _judge(self, ended: Ended, command: str) -> ShellResult:
-        stdout, stderr = ended.stdout, ended.stderr
+        stdout, stderr = ended.stdout.text(), ended.stderr.text()
+        dropped = ended.stdout.dropped + ended.stderr.dropped
         if ended.is_late and self._timeout is not None:
-            raise ShellTimeoutError(command, self._timeout, _last_lines(stderr.text()))
+            raise ShellTimeoutError(command, self._timeout, stderr, stdout, dropped)
         if ended.status:
-            raise ShellJobError(command, ended.status, _last_lines(stderr.text()))
-        return ShellResult(stdout.text(), stderr.text(), stdout.dropped + stderr.dropped)
+            raise ShellJobError(command, ended.status, stderr, stdout, dropped)
+        return ShellResult(stdout, stderr, dropped)
 
     def __str__(self) -> str:
         """Name the command for ever, as a target's text does: the jobs' keys are made of it."""
@@ -174,6 +177,6 @@ def _rebuilt(template: str, timeout: float | None, kept_output: int) -> ShellCal
     return ShellCall(template, timeout=timeout, kept_output=kept_output)
 
 
-def _last_lines(text: str, count: int = _LAST_LINES) -> str:
+def _last_line(text: str) -> str:
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    return "\n".join(lines[-count:])[-_LONGEST_LAST_LINES:]
+    return "".join(lines[-1:])

@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from shpool.errors import ShellJobError
 from shpool.timedcall import place_of
 from shpool_cli.output.jsonform import to_json
 
@@ -29,7 +30,7 @@ class Record:
         index: The job's position in the input.
         key: The job's key.
         status: ``done`` or ``failed``.
-        result: What the function returned, as JSON text; None when it failed.
+        result: What the function returned, as JSON text; when it failed, what a shell command said, else None.
         error: Type, text and place of the error; None when it is done.
         attempts: How often it was tried.
         seconds: Time the last attempt took.
@@ -55,6 +56,8 @@ def recorded(result: JobResult) -> tuple[JobResult, Record]:
             result = dataclasses.replace(result, status="failed", result=None, error=reason)
     error = None
     if result.error is not None:
+        if isinstance(result.error, ShellJobError):
+            text = to_json(result.error.output)
         error = _in_words(type(result.error).__name__, str(result.error), place_of(result.error))
     seconds = round(result.seconds, 6)
     return result, Record(result.index, result.key, result.status, text, error, result.attempts, seconds)
@@ -105,6 +108,8 @@ class JsonLines:
     @staticmethod
     def _line(record: Record) -> str:
         content = f'"result": {record.result}' if record.error is None else f'"error": {json.dumps(record.error)}'
+        if record.error is not None and record.result is not None:
+            content = f'"result": {record.result}, {content}'
         return (
             f'{{"index": {record.index}, "key": {json.dumps(record.key)}, "status": "{record.status}", {content}, '
             f'"attempts": {record.attempts}, "seconds": {json.dumps(record.seconds)}}}\n'
