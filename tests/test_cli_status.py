@@ -97,7 +97,8 @@ def record(  # noqa: PLR0913 - columns
     """Record an end."""
     job = Job(number, f"key-{number}", (number,) if args is None else args, {"size": 10})
     journal.claim(job)
-    journal.end(JobResult(number, job.key, "failed" if error else "done", None, error, 1, seconds), "1", place=place)
+    result = JobResult(number, job.key, "failed" if error else "done", None, error, 1, seconds)
+    journal.end(result, None if error else "1", place=place)
 
 
 def write_ended_run(path: Path) -> None:

@@ -98,8 +98,8 @@ def status(
     """Tell what a journal says: state, counts, rate, logins and waits, the slowest jobs, errors by kind.
 
     The run that writes it may be going on; it is not held up. For one that was cut off or has left something to do
-    the line `resume` has the command that finishes the rest. Of errors that differ only in numbers and ids one
-    is shown, with the count of all. `left` is an estimate: what earlier runs have done is taken to be in the
+    the line `resume` has the command that finishes the rest. Of errors that differ only in URLs, paths, numbers and
+    ids one is shown, with the count of all. `left` is an estimate: what earlier runs have done is taken to be in the
     input still.
 
     The object of --json: journal, target, state (running, ended, cut off, empty), pid of a live run, command,

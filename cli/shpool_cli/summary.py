@@ -7,6 +7,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, BinaryIO, ClassVar, TypedDict
 
+from shpool.errorkinds import MOST_KINDS, OTHERS, kind_of_error
 from shpool_cli.console import CommandError, ExitCode, report, say
 
 if TYPE_CHECKING:
@@ -22,11 +23,11 @@ _WORDS = {
 }
 
 
-_MOST_KINDS = 5  # of errors, told about on stderr
+_MOST_TOLD = 5  # kinds of errors, on stderr
 
 
 class ErrorKind(TypedDict):
-    """Failures that share the class of their error.
+    """Failures with the same class of error and the same words, URLs, paths, numbers and ids apart.
 
     Attributes:
         count: How many there are.
@@ -47,7 +48,7 @@ class Summary:
         jobs: Jobs of the input; None until TARGET and INPUT are known to be good.
         done: Of these, done in this run.
         failed: Failed in this run.
-        errors: Of these, how many with which class of error, and an example.
+        errors: Of these, how many with which kind of error, and an example.
         before: Done in an earlier run, by the journal.
         skipped: Left out, as ``--only-failed`` asks.
         logins: Tokens fetched.
@@ -78,9 +79,11 @@ class Summary:
     def note_failure(self, record: Record) -> None:
         """Count a job that failed."""
         self.failed += 1
-        kind = re.split(r"[: ]", record.error or "", maxsplit=1)[0]
-        text = (record.error or "")[len(kind) :].lstrip(": ")
-        self.errors.setdefault(kind, {"count": 0, "index": record.index, "example": text})["count"] += 1
+        error = record.error or ""
+        kind = kind_of_error(error)
+        if kind not in self.errors and len(self.errors) >= MOST_KINDS:
+            kind = OTHERS
+        self.errors.setdefault(kind, {"count": 0, "index": record.index, "example": error})["count"] += 1
 
     @property
     def is_complete(self) -> bool:
@@ -119,11 +122,14 @@ class Summary:
             say(line)
 
     def _failures(self) -> Iterator[str]:
-        for kind, its in list(self.errors.items())[:_MOST_KINDS]:
+        kinds = sorted(self.errors.values(), key=lambda its: -its["count"])
+        for its in kinds[:_MOST_TOLD]:
+            kind, text = re.split(r": | |$", its["example"], maxsplit=1)
             count, first = _counted(its["count"], self._noun), f"{self._noun} {its['index']}"
-            yield f"error: {kind} in {count}, first in {first}: {its['example']}"
-        if len(self.errors) > _MOST_KINDS:
-            yield f"error: and {len(self.errors) - _MOST_KINDS} other kinds; all are in the output"
+            yield f"error: {kind} in {count}, first in {first}: {text}"
+        if others := kinds[_MOST_TOLD:]:
+            count = _counted(sum(its["count"] for its in others), self._noun)
+            yield f"error: and {len(others)} other kinds in {count}; all are in the output"
 
 
 def _counted(number: int, noun: str, nouns: str = "") -> str:
