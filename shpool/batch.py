@@ -12,6 +12,7 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from shpool.beginnings import Beginnings
 from shpool.jobs import Job, JobResult
 from shpool.retry import Backoff, RetryPolicy, carry_attempts, summary_of
 from shpool.timedcall import TimedCall, seconds_of, worker_of
@@ -40,6 +41,7 @@ def run_batch(  # noqa: PLR0913 - the last three are for tests
     backoff: Backoff = Backoff(),  # noqa: B008 - frozen
     window: int | None = None,
     retry_after_unit: RetryAfterUnit = "s",
+    begun: Callable[[Job], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
     wall: Callable[[], float] = time.time,
     sleep: Callable[[float], None] = time.sleep,
@@ -58,6 +60,8 @@ def run_batch(  # noqa: PLR0913 - the last three are for tests
         window: Most jobs in flight; None is 4 per worker of the executor.
         retry_after_unit: What a number in a ``Retry-After`` header counts: seconds (RFC 9110), or milliseconds as
             Sentinel Hub sends them.
+        begun: Called with each job that is seen to run, some time after a worker took it; not with those that are over
+            before. Jobs that wait for a worker have not begun.
         clock: Seconds that never step back, for due times.
         wall: Seconds since the epoch, for dates in ``Retry-After``.
         sleep: Waits while nothing is in flight.
@@ -80,7 +84,7 @@ def run_batch(  # noqa: PLR0913 - the last three are for tests
     def submit(job: Job) -> Future[Any]:
         return executor.submit(call, *job.args, **job.kwargs)
 
-    return Batch(submit, iter(jobs), policy, in_flight, times)
+    return Batch(submit, iter(jobs), policy, in_flight, times, begun)
 
 
 def worker_count(executor: Executor) -> int:
@@ -114,8 +118,14 @@ class Batch:
     Everything here happens in the consumer's thread, but for ``stop`` and the queue, which others fill.
     """
 
-    def __init__(
-        self, submit: Callable[[Job], Future[Any]], jobs: Iterator[Job], policy: RetryPolicy, window: int, times: _Times
+    def __init__(  # noqa: PLR0913, PLR0917 - made by ``run_batch`` alone
+        self,
+        submit: Callable[[Job], Future[Any]],
+        jobs: Iterator[Job],
+        policy: RetryPolicy,
+        window: int,
+        times: _Times,
+        begun: Callable[[Job], None] | None,
     ) -> None:
         self._submit = submit
         self._jobs = jobs
@@ -125,6 +135,7 @@ class Batch:
         self._is_exhausted = False
         self._give_up: float | None = None  # set by stop(): until when results are waited for
         self._in_flight: dict[Future[Any], _Attempt] = {}
+        self._beginnings: Beginnings[Job] = Beginnings(begun, times.clock)
         self._waiting: list[tuple[float, int, _Attempt]] = []  # a heap by due time; the number breaks ties
         self._order = itertools.count()
         self._finished: queue.SimpleQueue[Future[Any] | None] = queue.SimpleQueue()  # None: look again
@@ -172,6 +183,7 @@ class Batch:
             return self._is_exhausted and not self._in_flight and not self._waiting
         self._waiting.clear()
         self._cancel()
+        self._beginnings.look(at_once=True)  # what runs may be stopped now, and is then cut off
         if self._times.clock() < self._give_up:
             return not self._in_flight
         return not any(future.done() for future in self._in_flight)  # what has ended is a result
@@ -180,6 +192,7 @@ class Batch:
         """Drop what has not begun."""
         for future in [future for future in self._in_flight if future.cancel()]:
             del self._in_flight[future]
+            self._beginnings.forget(future)
 
     def _doze(self) -> None:
         """Wait for the next due attempt while nothing is in flight; in short steps, so that ``stop`` is heard."""
@@ -194,6 +207,7 @@ class Batch:
             attempt.begun = self._times.clock()
             future = self._submit(attempt.job)
             self._in_flight[future] = attempt
+            self._beginnings.expect(future, attempt.job)
             future.add_done_callback(self._finished.put)
 
     def _next_attempt(self) -> _Attempt | None:
@@ -212,6 +226,8 @@ class Batch:
         moments = [moment for moment in (self._give_up,) if moment not in {None, math.inf}]
         if self._waiting and len(self._in_flight) < self._window:
             moments.append(self._waiting[0][0])
+        if self._beginnings.look():
+            moments.append(self._beginnings.next_look)
         timeout = max(min(moments) - self._times.clock(), 0.0) if moments else None
         try:
             future = self._finished.get(timeout=timeout)
@@ -220,6 +236,7 @@ class Batch:
         if future is None or future not in self._in_flight:  # told to stop, or cancelled by that
             return None
         attempt = self._in_flight.pop(future)
+        self._beginnings.forget(future)
         error = _error_of(future)
         if error is not None:
             return self._failed(attempt, error)

@@ -9,7 +9,7 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from patience import until
+from patience import PATIENCE, until
 
 from shpool.batch import JOBS_PER_WORKER, run_batch, worker_count
 from shpool.jobs import Job, JobResult, make_jobs
@@ -510,3 +510,26 @@ def test_an_error_of_the_first_attempt_has_nothing_to_tell() -> None:
 
 def notes_of(error: BaseException | None) -> list[str]:
     return list(getattr(error, "__notes__", []))
+
+
+def test_only_what_a_worker_has_taken_is_said_to_have_begun() -> None:
+    free = threading.Event()
+    begun: list[int] = []
+
+    def note(job: Job) -> None:
+        begun.append(job.index)
+        free.set()
+
+    with ThreadPoolExecutor(1) as executor:
+        batch = run_batch(
+            executor, lambda _: free.wait(PATIENCE), make_jobs("f", (((n,), {}) for n in range(4))), begun=note
+        )
+        assert next(batch).index == 0
+        assert begun == [0], "the others waited for the worker"
+        assert len(list(batch)) == 3
+
+
+def test_what_is_over_before_anybody_looked_is_not_said_to_have_begun() -> None:
+    begun: list[Job] = []
+    assert len(list(run_batch(Immediate(), abs, make_jobs("f", [((1,), {})]), begun=begun.append))) == 1
+    assert begun == []

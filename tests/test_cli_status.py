@@ -116,7 +116,7 @@ def write_ended_run(path: Path) -> None:
         journal.begin(job)
         now[0] += 60.0
         journal.flush()
-        journal.note(exit_code=130)
+        journal.note(exit_code=130, reason="interrupted")
 
 
 def told(text: str) -> dict[str, str]:
@@ -141,9 +141,9 @@ def test_the_report_of_an_ended_run(shell: Shell, path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (
         "target:   tiles:fetch\n"
-        "state:    ended after 1 min 0 s with exit code 130\n"
+        "state:    ended after 1 min 0 s with exit code 130: interrupted\n"
         f"resume:   {COMMAND}\n"
-        "jobs:     3 done, 3 failed, 0 running, 1 cut off\n"
+        "jobs:     3 done, 3 failed, 0 running, 1 cut off, 1 not begun\n"
         "input:    8 jobs in the last run, about 2 of them left\n"
         "rate:     6.0 jobs/min in the last run\n"
         "times:    2026-09-21 14:13:20 to 2026-09-21 14:13:20 UTC\n"
@@ -179,12 +179,14 @@ def test_the_object_of_an_ended_run(shell: Shell, path: Path) -> None:
         "pid": None,
         "command": COMMAND,
         "exit_code": 130,
+        "reason": "interrupted",
         "workers": 2,
         "jobs": 8,
         "done": 3,
         "failed": 3,
         "running": 0,
         "cut_off": 1,
+        "not_begun": 1,
         "left": 2,
         "rate": 0.1,
         "seconds_left": None,
@@ -296,7 +298,7 @@ def test_a_live_run_is_seen_and_not_held_up(shell: Shell, path: Path) -> None:
     with live_run(shell) as run:
         facts = told(shell.run("status", "run.db").stdout)
         assert facts["state"].startswith(f"running, process {run.pid}, for ")
-        assert facts["jobs"] == "1 done, 0 failed, 1 running, 0 cut off"
+        assert facts["jobs"] == "1 done, 0 failed, 1 running, 0 cut off, 98 not begun"
         assert facts["input"] == "100 jobs in the last run, about 99 of them left"
         assert facts["rate"].endswith(" left")
         assert end_one(run) == 2
@@ -316,7 +318,7 @@ def test_a_killed_run_was_cut_off_and_tells_how_to_resume(shell: Shell) -> None:
         facts = told(shell.run("status", "run.db").stdout)
     assert facts["state"].startswith("cut off: the run was killed, its last sign is of ")
     assert facts["resume"] == COMMAND
-    assert facts["jobs"] == "1 done, 0 failed, 0 running, 1 cut off"
+    assert facts["jobs"] == "1 done, 0 failed, 0 running, 1 cut off, 98 not begun"
 
 
 def test_a_watch_in_a_pipe_repeats_plain_reports_until_the_run_has_ended(shell: Shell) -> None:

@@ -366,7 +366,9 @@ def test_another_format_is_refused(path: Path) -> None:
     Journal(path, TARGET).close()
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute(f"PRAGMA user_version = {FORMAT_VERSION + 1}")
-    with pytest.raises(JournalMismatchError, match=r"format version 2, not 1.*--fresh"):
+    with pytest.raises(
+        JournalMismatchError, match=rf"format version {FORMAT_VERSION + 1}, not {FORMAT_VERSION}.*--fresh"
+    ):
         Journal(path, TARGET)
     with pytest.raises(JournalMismatchError):
         JournalView(path)
@@ -626,6 +628,15 @@ def test_the_error_of_a_full_disk_counts_what_is_recorded(small_disk: Path) -> N
     with pytest.raises(JournalFullError) as caught:
         run_until_full(path, told)
     assert caught.value.recorded == len(told)
+
+
+def test_a_full_disk_is_how_the_run_ended_and_no_kill(small_disk: Path) -> None:
+    path, told = small_disk / "run.db", list[Ended]()
+    with pytest.raises(JournalFullError):
+        run_until_full(path, told)
+    summary = JournalView(path).summary()
+    (run,) = summary.runs
+    assert (summary.state, run.reason, run.done) == ("ended", "no space is left on its disk", len(told))
 
 
 def test_a_disk_that_is_full_from_the_start_is_told_at_once(small_disk: Path) -> None:

@@ -151,7 +151,8 @@ class FileRun:
 
         order, failed = self.order, 0
         count = self.files.count if order.limit is None else min(order.limit, self.files.count)
-        run: GroupRun = GroupRun(pool, self._group(), self._claimed(lambda: run.is_stopping, report), count=count)
+        planned = self._claimed(lambda: run.is_stopping, report)
+        run: GroupRun = GroupRun(pool, self._group(), planned, count=count, begun=self._begin)
         with contextlib.closing(run), Stopper(run, order.halt, self.files.count, order.max_time) as stopper:
             for result in run:
                 failed += self._take(result, report)
@@ -190,11 +191,17 @@ class FileRun:
         place = bisect_left(lost, job.index)
         is_lost = place < len(lost) and lost[place] == job.index
         claim = journal.claim(job, only_failed=self.order.only_failed, redo=is_lost)
-        if claim.verdict == "run":
-            journal.begin(job)
-        elif claim.verdict == "skip":
+        if claim.verdict == "skip":
             report.skip(job.index)
         return claim.verdict == "run"
+
+    def _begin(self, items: Sequence[PlannedItem]) -> None:
+        """Note that a worker has these files in hand; it began with as many as it transfers at once."""
+        from shpool.jobs import Job
+
+        if self.ends.journal is not None:
+            for each in items:
+                self.ends.journal.begin(Job(each.number, self._keys[each.number]))
 
     def _take(self, result: DownloadResult, report: FileReport) -> bool:
         """Send a result where it goes; tell whether it is a failure."""

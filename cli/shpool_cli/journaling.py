@@ -7,6 +7,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
+from shpool.errors import ShpoolError
 from shpool_cli.console import CommandError, ExitCode
 from shpool_cli.output.former import first_key
 from shpool_cli.output.records import recalled
@@ -55,9 +56,17 @@ def opened_journal(  # noqa: PLR0913 - facts of one run
         try:
             yield journal
         except BaseException as stop:
-            journal.note(exit_code=code_of(stop))
+            journal.note(exit_code=code_of(stop), reason=_reason_of(stop))
             raise
-        journal.note(exit_code=ExitCode.FAILED if summary.failed or summary.halted else ExitCode.OK)
+        code = ExitCode.FAILED if summary.failed or summary.halted else ExitCode.OK
+        journal.note(exit_code=code, reason=summary.halted)
+
+
+def _reason_of(stop: BaseException) -> str:
+    """Return why a run ended early: the signal's word, or the error's."""
+    if isinstance(stop, (KeyboardInterrupt, SystemExit)):
+        return code_of(stop).name.lower().replace("_", " ")
+    return str(stop) if isinstance(stop, (ShpoolError, CommandError)) else type(stop).__name__
 
 
 def opened_output(

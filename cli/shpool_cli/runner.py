@@ -210,7 +210,8 @@ def _carry(  # noqa: PLR0917, PLR0913 - the parts of a run meet here
     if timeout is not None and isinstance(work.function, ShellCall):
         timeout += _GRACE
     executor = pool.options(timeout=timeout)
-    batch = run_batch(executor, work.function, jobs, retries=order.retries, retry_after_unit=session.retry_after_unit)
+    unit, begun = session.retry_after_unit, None if journal is None else journal.begin
+    batch = run_batch(executor, work.function, jobs, retries=order.retries, retry_after_unit=unit, begun=begun)
     failed = 0
     with contextlib.closing(batch), Stopper(batch, order.halt, work.count, order.max_time) as stopper:
         for result in batch:
@@ -252,7 +253,6 @@ def _claimed(jobs: Iterator[Job], ends: _Ends, journal: Journal, report: Report,
             if begun == order.limit:
                 return
             begun += 1
-            journal.begin(job)
             yield job
         elif claim.verdict == "skip":
             report.skip(job.index)

@@ -102,8 +102,11 @@ def status(
     ids one is shown, with the count of all. `left` is an estimate: what earlier runs have done is taken to be in the
     input still.
 
+    Jobs are done, failed, running, cut off (begun by a run that did not live to end them), or not begun.
+
     The object of --json: journal, target, state (running, ended, cut off, empty), pid of a live run, command,
-    exit_code, workers and jobs of the last run; done, failed, running, cut_off; left, rate (jobs per second),
+    exit_code, reason (why it ended early), workers and jobs of the last run; done, failed, running, cut_off,
+    not_begun; left, rate (jobs per second),
     seconds_left, first and last (when the first job began and the last one ended, seconds since 1970); logins,
     waits, waited (seconds); runs; slowest and errors, each error with type, text, count and an example. What is
     not known is null.
@@ -206,12 +209,14 @@ def _object(path: Path, summary: JournalSummary) -> dict[str, Any]:
         "pid": summary.live_pid or None,
         "command": run and run.command,
         "exit_code": run and run.exit_code,
+        "reason": run and run.reason,
         "workers": run and run.workers,
         "jobs": run and run.jobs,
         "done": summary.done,
         "failed": summary.failed,
         "running": summary.running,
         "cut_off": summary.cut_off,
+        "not_begun": summary.not_begun,
         "left": summary.left,
         "rate": summary.rate,
         "seconds_left": summary.seconds_left,

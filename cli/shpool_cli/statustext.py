@@ -40,7 +40,8 @@ def _facts(summary: JournalSummary, now: float) -> Iterator[tuple[str, str]]:
     if run is not None and run.command:
         yield "resume" if _is_unfinished(summary, run) else "command", run.command
     parts = [f"{summary.done} done", f"{summary.failed} failed", f"{summary.running} running"]
-    yield "jobs", ", ".join([*parts, f"{summary.cut_off} cut off"])
+    parts.append(f"{summary.cut_off} cut off")
+    yield "jobs", ", ".join(parts if summary.not_begun is None else [*parts, f"{summary.not_begun} not begun"])
     if run is None:
         return
     if run.jobs is not None:
@@ -64,7 +65,8 @@ def _state(summary: JournalSummary, run: RunRecord | None, now: float) -> str:
     if run.ended is None:
         return f"cut off: the run was killed, its last sign is of {_moment(run.updated)} UTC"
     code = "" if run.exit_code is None else f" with exit code {run.exit_code}"
-    return f"ended after {_duration(run.ended - run.begun)}{code}"
+    reason = "" if run.reason is None else f": {run.reason}"
+    return f"ended after {_duration(run.ended - run.begun)}{code}{reason}"
 
 
 def _is_unfinished(summary: JournalSummary, run: RunRecord) -> bool:

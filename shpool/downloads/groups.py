@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shpool.batch import worker_count
+from shpool.beginnings import Beginnings
 from shpool.downloads.items import DownloadResult, PlannedItem
 from shpool.errors import StorageFullError, TaskError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator
     from concurrent.futures import Executor, Future
 
     from shpool.downloads.fetching import FetchedGroup, FetchGroup
@@ -85,6 +86,7 @@ class GroupRun:
         fetch: Called in the workers.
         planned: The files; a result among them, of one that cannot be fetched at all, is handed on. Lazily read.
         count: How many files there are, where that is known.
+        begun: Called with the files of each group that is seen to run; not of those that are over before.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class GroupRun:
         planned: Iterable[PlannedItem | DownloadResult],
         *,
         count: int | None = None,
+        begun: Callable[[list[PlannedItem]], None] | None = None,
     ) -> None:
         self._executor = executor
         self._fetch = fetch
@@ -107,6 +110,7 @@ class GroupRun:
         self._is_exhausted = False
         self._give_up: float | None = None  # set by stop(): until when results are waited for
         self._in_flight: dict[Future[Any], _Group] = {}
+        self._beginnings: Beginnings[list[PlannedItem]] = Beginnings(begun, time.monotonic)
         self._again: deque[_Group] = deque()
         self._finished: queue.SimpleQueue[Future[Any] | None] = queue.SimpleQueue()  # None: look again
         self._full: StorageFullError | None = None
@@ -153,6 +157,7 @@ class GroupRun:
             return not self._in_flight and (self._full is not None or not has_more)
         self._again.clear()
         self._cancel()
+        self._beginnings.look(at_once=True)  # what runs may be stopped now, and is then cut off
         if time.monotonic() < self._give_up:
             return not self._in_flight
         return not any(future.done() for future in self._in_flight)  # what has ended has results
@@ -161,6 +166,7 @@ class GroupRun:
         """Drop what has not begun."""
         for future in [future for future in self._in_flight if future.cancel()]:
             del self._in_flight[future]
+            self._beginnings.forget(future)
 
     def _fill(self) -> Iterator[DownloadResult]:
         """Submit what the window has room for; yield the results of items that cannot be fetched at all."""
@@ -175,6 +181,7 @@ class GroupRun:
             if group.items and not self.is_stopping:
                 future = self._executor.submit(self._fetch, group.items)
                 self._in_flight[future] = group
+                self._beginnings.expect(future, group.items)
                 future.add_done_callback(self._finished.put)
 
     def _pull(self, items: list[PlannedItem]) -> Iterator[DownloadResult]:
@@ -189,9 +196,10 @@ class GroupRun:
 
     def _collect(self) -> Iterator[DownloadResult]:
         """Wait for one finished group, at most until there is something else to do."""
-        timeout = None
-        if self._give_up is not None and self._give_up < math.inf:
-            timeout = max(self._give_up - time.monotonic(), 0.0)
+        moments = [self._give_up] if self._give_up is not None and self._give_up < math.inf else []
+        if self._beginnings.look():
+            moments.append(self._beginnings.next_look)
+        timeout = max(min(moments) - time.monotonic(), 0.0) if moments else None
         try:
             future = self._finished.get(timeout=timeout)
         except queue.Empty:
@@ -199,6 +207,7 @@ class GroupRun:
         if future is None or future not in self._in_flight:  # told to stop, or cancelled by that
             return
         group = self._in_flight.pop(future)
+        self._beginnings.forget(future)
         error = CancelledError("cancelled by the executor") if future.cancelled() else future.exception()
         if error is None:
             yield from self._take(future.result())

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 APPLICATION_ID = 0x73687021  # "shp!" in the header of the file: PRAGMA application_id
-FORMAT_VERSION = 1  # of the tables: PRAGMA user_version
+FORMAT_VERSION = 2  # of the tables: PRAGMA user_version
 
 _BUSY_TIMEOUT = 5.0  # s to wait for SQLite's locks: those who read hold them for milliseconds
 _TIDYING_TIMEOUT = 300  # ms to wait for those who read, at the end of a run

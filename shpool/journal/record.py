@@ -14,10 +14,11 @@ from __future__ import annotations
 import os
 import time
 from array import array
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from shpool.errors import JournalError
+from shpool.errors import JournalError, JournalFullError
 from shpool.journal.file import resolved
 from shpool.journal.keys import KeyFilter
 from shpool.journal.rows import JobRecord, RunRecord
@@ -202,7 +203,10 @@ class Journal:
             self._writer.wait_for_room()  # before anything changes: an interruption here loses nothing
             flight = self._flight_of(key)
             ran = (self._starts(flight, key), result.attempts, worker or flight.worker)
-            times = (flight.begun, self._clock(), result.seconds)
+            now = self._clock()
+            # One that was over before anybody saw it run has waited since its claim for a worker, maybe.
+            begun = flight.begun if flight.is_noted else max(flight.begun, now - result.seconds)
+            times = (begun, now, result.seconds)
             row = (key, self._run.id, result.status, *ran, *times, *error, flight.arguments, text)
             self._unsaved[key] = self._in_flight.pop(key)
             self._writer.add_ended(row, len(flight.arguments) + len(text or "") + len(error[-1] or ""))
@@ -227,6 +231,7 @@ class Journal:
         waits: int | None = None,
         waited: float | None = None,
         exit_code: int | None = None,
+        reason: str | None = None,
     ) -> None:
         """Record facts of the run, as they come; those not given stay as they are.
 
@@ -237,9 +242,17 @@ class Journal:
             waits: How often a task waited for the account's limits, so far.
             waited: Seconds they waited in all.
             exit_code: What the run ends with.
+            reason: Why it ends before its jobs do.
         """
-        given = {"jobs": jobs, "workers": workers, "logins": logins, "waits": waits, "waited": waited}
-        facts = {name: value for name, value in (given | {"exit_code": exit_code}).items() if value is not None}
+        given: dict[str, object] = {
+            "jobs": jobs,
+            "workers": workers,
+            "logins": logins,
+            "waits": waits,
+            "waited": waited,
+        }
+        given |= {"exit_code": exit_code, "reason": None if reason is None else storable(reason)}
+        facts = {name: value for name, value in given.items() if value is not None}
         with self._writer.lock:
             changed = replace(self._run, **facts)  # type: ignore[arg-type]  # each has its field's type, as given
             if changed != self._run:
@@ -267,19 +280,29 @@ class Journal:
         self._writer.close()
         self._is_open = False
         try:
-            if not isinstance(self._writer.failure, JournalError):
-                self._file.write(Batch(), replace(self._run, updated=self._clock(), ended=self._clock()))
+            self._write_end(self._writer.failure)
         finally:
             self._file.close()
         self._writer.raise_untold()
+
+    def _write_end(self, failure: Exception | None) -> None:
+        """Note that the run has ended, also where its rows found no space: one page more was there, or is by now."""
+        run = replace(self._run, updated=self._clock(), ended=self._clock())
+        if not isinstance(failure, JournalError):
+            self._file.write(Batch(), run)
+        elif isinstance(failure, JournalFullError):
+            with suppress(JournalError):
+                self._file.write(Batch(), replace(run, reason=failure.reason))
 
     def _save(self, batch: Batch) -> None:
         """Write a batch and return once it is durable; in the writer's thread."""
         done = sum(status == "done" for _, _, status, *_ in batch.ended)
         with self._writer.lock:
-            failed = self._run.failed + len(batch.ended) - done
-            self._run = run = replace(self._run, updated=self._clock(), done=self._run.done + done, failed=failed)
-        self._file.write(batch, run)
+            run = self._run
+        counts = {"done": run.done + done, "failed": run.failed + len(batch.ended) - done, "updated": self._clock()}
+        self._file.write(batch, replace(run, **counts))
+        with self._writer.lock:
+            self._run = replace(self._run, **counts)
 
     def _tell(self, batch: Batch) -> None:
         """Say what is durable now; in the writer's thread."""

@@ -77,6 +77,7 @@ class RunRecord:
         waits: How often a task waited for the account's limits.
         waited: Seconds they waited in all.
         exit_code: What it ended with; None as for ``ended``.
+        reason: Why it ended before its jobs did; None where they all came to their end, and as for ``ended``.
     """
 
     id: int
@@ -93,6 +94,7 @@ class RunRecord:
     waits: int
     waited: float
     exit_code: int | None
+    reason: str | None = None
 
     @property
     def rate(self) -> float:
@@ -109,7 +111,7 @@ SCHEMA = (
         id INTEGER PRIMARY KEY, pid INTEGER NOT NULL, command TEXT NOT NULL, begun REAL NOT NULL,
         updated REAL NOT NULL, ended REAL, jobs INTEGER, workers INTEGER, done INTEGER NOT NULL,
         failed INTEGER NOT NULL, logins INTEGER NOT NULL, waits INTEGER NOT NULL, waited REAL NOT NULL,
-        exit_code INTEGER)""",
+        exit_code INTEGER, reason TEXT)""",
     """CREATE TABLE jobs (
         id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, run INTEGER NOT NULL, status TEXT NOT NULL,
         starts INTEGER NOT NULL, attempts INTEGER NOT NULL, worker INTEGER, begun REAL NOT NULL, ended REAL,

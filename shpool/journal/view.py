@@ -102,6 +102,13 @@ class JournalSummary:
         return max(self.runs[-1].jobs - self.done - self.runs[-1].failed, 0)
 
     @property
+    def not_begun(self) -> int | None:
+        """How many jobs of the last run's input no run has begun; an estimate as ``left`` is, and None as there."""
+        if not self.runs or self.runs[-1].jobs is None:
+            return None
+        return max(self.runs[-1].jobs - self.done - self.failed - self.running - self.cut_off, 0)
+
+    @property
     def seconds_left(self) -> float | None:
         """How long the live run will go on at its rate; None when there is none, or nothing to tell it by."""
         if self.state != "running" or self.left is None or self.rate == 0:
