@@ -630,10 +630,12 @@ def test_a_kill_cuts_off_what_ran_and_not_what_waited_for_a_worker(runs: Runs) -
     runs.give(range(30))
     with runs.start("jobs:hold", "in.jsonl", "--journal", "run.db", "-w", "2") as process:
         until(lambda: len(runs.begun) == 2 and JournalView(runs.journal).summary().running == 2, PATIENCE)
+        until(lambda: JournalView(runs.journal).summary().logins == 1, PATIENCE)
         process.kill()
         process.wait(PATIENCE)
     summary = JournalView(runs.journal).summary()
     assert (summary.state, summary.cut_off, summary.not_begun) == ("cut off", 2, 28)
+    assert (summary.logins, summary.runs[-1].workers) == (1, 2), "noted while it ran"
 
 
 def test_an_interruption_lets_running_jobs_end_and_says_how_to_go_on(runs: Runs) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from shpool_cli.credentials import log_in_patiently
 from shpool_cli.filereport import FileReport, Traffic, file_of
+from shpool_cli.journaling import note_counts, noting
 from shpool_cli.output.records import recorded
 from shpool_cli.stopping import Stopper
 
@@ -115,8 +116,7 @@ class FileRun:
             stats = pool.stats()
             summary.note(stats)
             if journal is not None:
-                gate = stats.gate
-                journal.note(logins=stats.logins, workers=stats.workers, waits=gate.waits, waited=gate.waited)
+                note_counts(journal, stats)
 
         def end_at_once(kind: type[BaseException] | None, *_: object) -> None:
             """Wait for no transfer where its result has nowhere to go."""
@@ -127,6 +127,7 @@ class FileRun:
             pool = log_in_patiently(self.session, opened)
             after.callback(conclude)
             stack.push(end_at_once)
+            stack.enter_context(noting(journal, pool))
             summary.jobs, summary.before = self.files.count, self.ends.before
             bar = Progress(
                 self.files.count,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
+import threading
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from shpool.errors import ShpoolError
@@ -19,9 +20,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shpool.journal import Ended, Journal, JournalView
+    from shpool.pool import AuthenticatedProcessPool, PoolStats
     from shpool_cli.output.records import Record
     from shpool_cli.output.results import ResultWriter
     from shpool_cli.summary import Summary
+
+
+_NOTE_EVERY = 1.0  # s; half of what `shpool status --watch` waits between two looks
 
 
 class Teller(Protocol):
@@ -60,6 +65,33 @@ def opened_journal(  # noqa: PLR0913 - facts of one run
             raise
         code = ExitCode.FAILED if summary.failed or summary.halted else ExitCode.OK
         journal.note(exit_code=code, reason=summary.halted)
+
+
+@contextlib.contextmanager
+def noting(journal: Journal | None, pool: AuthenticatedProcessPool) -> Iterator[None]:
+    """Note logins and waits as they come, for whoever watches the run; what has not changed costs nothing."""
+    if journal is None:
+        yield
+        return
+    is_over = threading.Event()
+
+    def keep_noting() -> None:
+        while not is_over.wait(_NOTE_EVERY):
+            note_counts(journal, pool.stats())
+
+    thread = threading.Thread(target=keep_noting, name="shpool-notes", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def note_counts(journal: Journal, stats: PoolStats) -> None:
+    """Note a pool's counters."""
+    gate = stats.gate
+    journal.note(logins=stats.logins, workers=stats.workers, waits=gate.waits, waited=gate.waited)
 
 
 def _reason_of(stop: BaseException) -> str:

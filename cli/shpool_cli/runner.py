@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from shpool_cli.credentials import log_in_patiently, make_session
 from shpool_cli.foresight import foresee
 from shpool_cli.inputs import open_input
-from shpool_cli.journaling import opened_journal, opened_output
+from shpool_cli.journaling import note_counts, noting, opened_journal, opened_output
 from shpool_cli.order import Order, Work, check_work, function_of
 from shpool_cli.output.records import recalled, recorded
 from shpool_cli.output.results import open_output
@@ -153,8 +153,7 @@ def _run_jobs(work: Work, session: OAuthSession, ends: _Ends, summary: Summary) 
         stats = pool.stats()
         summary.note(stats)
         if ends.journal is not None:
-            gate = stats.gate
-            ends.journal.note(logins=stats.logins, workers=stats.workers, waits=gate.waits, waited=gate.waited)
+            note_counts(ends.journal, stats)
 
     def end_at_once(kind: type[BaseException] | None, *_: object) -> None:
         """Wait for no running job where its result has nowhere to go."""
@@ -165,6 +164,7 @@ def _run_jobs(work: Work, session: OAuthSession, ends: _Ends, summary: Summary) 
         pool = log_in_patiently(session, opened)
         after.callback(conclude)
         stack.push(end_at_once)
+        stack.enter_context(noting(ends.journal, pool))
         summary.jobs, summary.before = work.count, ends.former.done
         bar = Progress(
             work.count,
