@@ -39,6 +39,7 @@
     ├── MissingExtraError          an optional package is not installed
     └── DownloadError              a file could not be fetched
         ├── TransferError          the server or the network did not deliver it
+        ├── DownloadTimeoutError   an attempt took longer than it may; what has arrived is kept
         ├── ContentError           what was delivered is not the file: size, checksum, an error page
         ├── TargetPathError        its path leaves the folder, is taken, or is no possible one
         ├── PartInUseError         a living process writes the same file
@@ -747,6 +748,23 @@ class TransferError(DownloadError):
     def __str__(self) -> str:
         hint = "try later" if self.is_temporary else "check the URL and what the account may read"
         return f"{self.what}: {self.reason}; {hint}"
+
+
+class DownloadTimeoutError(DownloadError, TimeoutError):
+    """An attempt at a file took longer than it may; what has arrived is kept.
+
+    Args:
+        what: Its URL, without the query.
+        timeout: The limit in seconds.
+    """
+
+    def __init__(self, what: str, timeout: float) -> None:
+        super().__init__(what, f"it took longer than {timeout:g} s")
+        self.args = (what, timeout)
+        self.timeout = timeout
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.reason}; raise the timeout, or run the same again: what has arrived is kept"
 
 
 class ContentError(DownloadError):

@@ -158,6 +158,7 @@ def test_a_line_that_will_not_do_is_named(
         ("--units", "-3/min"),
         ("--gate", "cds"),
         ("--retries", "-1"),
+        ("--timeout", "0"),
         ("--stall-timeout", "0"),
         ("--max-time", "soon"),
         ("--limit", "none"),
@@ -239,6 +240,20 @@ def test_a_halt_ends_the_run(shell: Shell, server: LoopbackServer) -> None:
     assert done.returncode == 1
     assert "halted after 1 failed" in done.stderr
     assert 0 < len(records(done.stdout)) < 200
+
+
+def test_a_file_that_takes_too_long_fails_alone_and_says_so(shell: Shell, server: LoopbackServer) -> None:
+    text, data = offer(server, 3)
+    shell.write("u.txt", text)
+    server.fail_file("t1.tif", FileFault(stall_at=100))
+    args = ["download", "u.txt", "--to", "d", "-w", "1", "--timeout", "3", "--retries", "0", *shell.log_in_at(server)]
+    done = shell.run(*args)
+    assert done.returncode == 1
+    assert "error: DownloadTimeoutError in 1 file, first in file 1: " in done.stderr
+    assert "it took longer than 3 s; raise the timeout" in done.stderr
+    assert set(files_in(shell.folder / "d")) >= {"t0.tif", "t2.tif"}
+    assert shell.run(*args).returncode == 0
+    assert files_in(shell.folder / "d") == data
 
 
 def test_a_time_limit_ends_the_run(shell: Shell, server: LoopbackServer) -> None:

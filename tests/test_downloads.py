@@ -30,6 +30,7 @@ from shpool.downloads.partfile import PartFile
 from shpool.errors import (
     ContentError,
     DownloadError,
+    DownloadTimeoutError,
     InputError,
     InsecureUrlError,
     PartInUseError,
@@ -450,6 +451,28 @@ def test_a_stalled_transfer_is_given_up_and_continued(fetch: Fetch, server: Loop
     assert files_in(tmp_path / "d") == {"a.tif": data}
 
 
+@pytest.mark.slow
+def test_an_attempt_that_takes_too_long_is_ended_and_continued(
+    fetch: Fetch, server: LoopbackServer, tmp_path: Path
+) -> None:
+    data = content(2 * MB)
+    url = cut_then_whole(server, "a.tif", data, FileFault(stall_at=1_500_000))
+    found = only(fetch(url, timeout=1.0, retries=20))
+    assert (found.status, found.attempts >= 2) == ("done", True)
+    assert server.file_requests("a.tif")[1].headers["range"].startswith("bytes=")
+    assert files_in(tmp_path / "d") == {"a.tif": data}
+
+
+@pytest.mark.slow
+def test_attempts_that_take_too_long_are_counted_whatever_they_bring(fetch: Fetch, server: LoopbackServer) -> None:
+    faults = [FileFault(stall_at=1_500_000)] * 2
+    url = cut_then_whole(server, "a.tif", content(4 * MB), *faults)
+    found = only(fetch(url, timeout=0.5, retries=1))
+    assert isinstance(found.error, DownloadTimeoutError)
+    assert found.attempts == 2
+    assert "it took longer than 0.5 s; raise the timeout" in str(found.error)
+
+
 def test_a_part_another_process_writes_is_refused(fetch: Fetch, server: LoopbackServer, tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     part = PartFile.open(str(tmp_path / "d" / "a.tif"), create=True)
@@ -808,7 +831,7 @@ def test_groups_grow_until_a_worker_is_busy_for_long_enough() -> None:
 
 
 def test_a_wrong_setting_is_refused(server: LoopbackServer, tmp_path: Path) -> None:
-    for wrong in ({"connections": 0}, {"retries": -1}, {"stall_timeout": 0.0}):
+    for wrong in ({"connections": 0}, {"retries": -1}, {"stall_timeout": 0.0}, {"timeout": 0.0}):
         with pytest.raises(ValueError, match="at least 1"):
             download(inline_pool(server), [], tmp_path, **wrong)
 

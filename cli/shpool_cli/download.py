@@ -71,9 +71,18 @@ def download(  # noqa: PLR0913 - options of a command line
             "--retries",
             parser=at_least(0),
             metavar="INTEGER",
-            help="Further attempts for a file after one that brought no progress.",
+            help="Further attempts for a file after one that brought no progress, or took longer than --timeout.",
         ),
     ] = 3,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout",
+            parser=duration,
+            metavar="TIME",
+            help="Longest time an attempt at a file may take: 90, 15m, 2h; the next one goes on where it stood.",
+        ),
+    ] = None,
     stall_timeout: Annotated[
         float,
         typer.Option(
@@ -140,6 +149,7 @@ def download(  # noqa: PLR0913 - options of a command line
         workers=workers,
         transfers=transfers,
         retries=retries,
+        timeout=timeout,
         stall_timeout=stall_timeout,
         overwrite=overwrite,
         ca_bundle=ca_bundle,

@@ -42,6 +42,7 @@ class Order:
     workers: int | None
     transfers: int
     retries: int
+    timeout: float | None
     stall_timeout: float
     overwrite: bool
     ca_bundle: Path | None
@@ -171,7 +172,7 @@ class FileRun:
         bundle = None if order.ca_bundle is None else str(order.ca_bundle.absolute())
         curl = CurlOptions(order.transfers, order.stall_timeout, bundle)
         folder = str(order.folder.absolute())
-        return FetchGroup(FetchSettings(folder, curl, order.retries, order.overwrite, durable=True))
+        return FetchGroup(FetchSettings(folder, curl, order.retries, order.timeout, order.overwrite, durable=True))
 
     def _claimed(self, is_stopping: Callable[[], bool], report: FileReport) -> Iterator[PlannedItem]:
         """Yield the files to fetch."""

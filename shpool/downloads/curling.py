@@ -7,6 +7,7 @@ is made anew by the caller, who knows where the token may go.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -85,10 +86,12 @@ class CurlTrouble:
     Attributes:
         reason: In words.
         is_final: Another attempt will end the same way.
+        is_late: It was at its deadline.
     """
 
     reason: str
     is_final: bool
+    is_late: bool = False
 
 
 Ended = tuple[Any, "CurlTrouble | Exception | None"]  # the receiver, and what went wrong
@@ -123,16 +126,19 @@ class CurlLoop:
         """Tell whether one more transfer may start."""
         return len(self._busy) < self.options.connections
 
-    def start(self, url: str, fields: Sequence[str], receiver: Receiver) -> None:
+    def start(self, url: str, fields: Sequence[str], receiver: Receiver, deadline: float = math.inf) -> None:
         """Begin to fetch a URL.
 
         Args:
             url: Its answer goes to ``receiver``, a redirect too.
             fields: Header fields to send.
             receiver: Takes the answer.
+            deadline: When to end it unless it has ended, by ``time.monotonic``.
         """
         slot = self._idle.pop() if self._idle else _Slot(self._pycurl, self.options)
         slot.begin(url, fields, receiver)
+        slot.deadline = deadline
+        self._next_look = min(self._next_look, deadline)
         self._busy[slot.curl] = slot
         self._multi.add_handle(slot.curl)
 
@@ -172,17 +178,23 @@ class CurlLoop:
                 return ended
 
     def _take_stalled(self) -> list[Ended]:
-        """End the transfers that have brought nothing for too long.
+        """End the transfers that have brought nothing for too long, or are at their deadline.
 
         libcurl's own limit looks at the mean of some seconds, and notices the end of a fast transfer late.
         """
         now, patience = time.monotonic(), self.options.stall_timeout
         if now < self._next_look:
             return []
-        self._next_look = now + min(patience / 4, 1.0)
-        trouble = CurlTrouble(f"no byte came for {patience:g} s", is_final=False)
-        stalled = [curl for curl, slot in self._busy.items() if now - slot.latest > patience]
-        return [self._end(curl, trouble) for curl in stalled]
+        stalled = CurlTrouble(f"no byte came for {patience:g} s", is_final=False)
+        late = CurlTrouble("it took too long", is_final=False, is_late=True)
+        troubles = {
+            curl: late if now >= slot.deadline else stalled
+            for curl, slot in self._busy.items()
+            if now >= slot.deadline or now - slot.latest > patience
+        }
+        ended = [self._end(curl, trouble) for curl, trouble in troubles.items()]
+        self._next_look = min([now + min(patience / 4, 1.0), *(slot.deadline for slot in self._busy.values())])
+        return ended
 
     def _end(self, curl: Any, trouble: CurlTrouble | None) -> Ended:  # noqa: ANN401 - pycurl has no types
         slot = self._busy[curl]
@@ -208,6 +220,7 @@ class _Slot:
         self._is_direct = False
         self.receiver: Any = None
         self.latest = 0.0  # when the last byte came
+        self.deadline = math.inf
         self._lines: list[bytes] = []
         self._is_headed = False
         self._error: BaseException | None = None

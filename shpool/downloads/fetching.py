@@ -38,6 +38,7 @@ from shpool.downloads.transfer import MOST_REDIRECTS, Failure, Redirect, Refused
 from shpool.errors import (
     ContentError,
     DownloadError,
+    DownloadTimeoutError,
     InsecureUrlError,
     StorageFullError,
     TokenUnavailableError,
@@ -203,7 +204,7 @@ class GroupFetch:
         if token is not None:
             incoming.generation = token.generation
             fields.append(f"Authorization: Bearer {token.access_token}")
-        self._loop.start(incoming.url, fields, incoming)
+        self._loop.start(incoming.url, fields, incoming, incoming.deadline)
 
     def _wait(self, incoming: Incoming, seconds: float) -> None:
         heapq.heappush(self._waiting, (time.monotonic() + seconds, next(self._order), incoming))
@@ -275,7 +276,8 @@ class GroupFetch:
         """Queue another attempt and return true, or give up."""
         if isinstance(failure.error, StorageFullError):
             self._full = failure.error
-        has_more = incoming.patience.has_more(incoming.bytes_kept, is_pause=failure.pause is not None)
+        is_pause, is_late = failure.pause is not None, isinstance(failure.error, DownloadTimeoutError)
+        has_more = incoming.patience.has_more(incoming.bytes_kept, is_pause=is_pause, is_late=is_late)
         if failure.is_final or not has_more:
             self._give_up(incoming, failure.error)
             return False

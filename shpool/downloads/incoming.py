@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from shpool.downloads.checksums import Hashers, has_digests
+from shpool.downloads.curling import CurlTrouble
 from shpool.downloads.filenames import late_name, safe_name, url_digest
 from shpool.downloads.items import DownloadResult
 from shpool.downloads.partfile import PartFile, file_size, size_and_date, translated
@@ -26,11 +28,10 @@ from shpool.downloads.transfer import (
     is_younger,
     judge,
 )
-from shpool.errors import ContentError, DownloadError, TransferError
+from shpool.errors import ContentError, DownloadError, DownloadTimeoutError, TransferError
 from shpool.origins import shown_url
 
 if TYPE_CHECKING:
-    from shpool.downloads.curling import CurlTrouble
     from shpool.downloads.filenames import Folder
     from shpool.downloads.items import FetchSettings, PlannedItem
     from shpool.downloads.transfer import Answer, Verdict
@@ -62,6 +63,7 @@ class Incoming:
         self.answer: Answer | None = None  # to the last request
         self.is_astray = False  # a redirect has led to another origin: the token stays behind
         self.begun = 0.0
+        self.deadline = math.inf  # of the attempt under way, by time.monotonic
         self.target: str | None = None
         self._folder = folder
         self._settings = settings
@@ -103,7 +105,9 @@ class Incoming:
 
     def request_fields(self) -> list[str]:
         """Return the header fields of the next request, and get ready for its answer."""
-        self.attempts += not self.redirects
+        if not self.redirects:
+            self.attempts += 1
+            self.deadline = time.monotonic() + (math.inf if self._settings.timeout is None else self._settings.timeout)
         self._verdict = self.answer = None
         self._asked = Ask(self._wanted, self._standing(), self.url, self._unit)
         return self._asked.fields()
@@ -213,9 +217,14 @@ class Incoming:
             self._start_over()
         if verdict is not None:
             return verdict
-        reason, is_final = (trouble.reason, trouble.is_final) if trouble is not None else ("no answer", False)
-        error = TransferError(shown_url(self._wanted.url), reason, None, None, not is_final)
-        return Failure(error, is_final=is_final)
+        return self._failed_on_the_way(trouble or CurlTrouble("no answer", is_final=False))
+
+    def _failed_on_the_way(self, trouble: CurlTrouble) -> Failure:
+        what = shown_url(self._wanted.url)
+        if trouble.is_late and self._settings.timeout is not None:
+            return Failure(DownloadTimeoutError(what, self._settings.timeout))
+        error = TransferError(what, trouble.reason, None, None, not trouble.is_final)
+        return Failure(error, is_final=trouble.is_final)
 
     def _failed_here(self, exc: Exception) -> Failure:
         if isinstance(exc, OSError) and not isinstance(exc, DownloadError):
@@ -227,7 +236,7 @@ class Incoming:
         if trouble is not None:
             if verdict.validator or self._wanted.digests:
                 self._write()
-            return Failure(TransferError(shown_url(self._wanted.url), trouble.reason), is_final=trouble.is_final)
+            return self._failed_on_the_way(trouble)
         if self._part is None and not self._chunks:
             self._part = PartFile.open(self._stem(), create=True)  # an empty file
         self._write()

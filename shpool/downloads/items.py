@@ -83,7 +83,8 @@ class FetchSettings:
     Attributes:
         folder: Where they go.
         curl: What all transfers have in common.
-        retries: Further attempts for a file after one without progress.
+        retries: Further attempts for a file after one without progress, or one that took too long.
+        timeout: Seconds an attempt at a file may take, None for any time; waits for leave or a token do not count.
         overwrite: Fetch files that are there.
         durable: Write each to disk before it is reported.
         backoff: Waits between attempts.
@@ -93,6 +94,7 @@ class FetchSettings:
     folder: str
     curl: CurlOptions = field(default_factory=CurlOptions)
     retries: int = 3
+    timeout: float | None = None
     overwrite: bool = False
     durable: bool = True
     backoff: Backoff = Backoff(base=0.5, cap=30.0)  # noqa: RUF009 - frozen

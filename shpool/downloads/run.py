@@ -33,6 +33,7 @@ def download(  # noqa: PLR0913 - all but three are keyword-only, each with its d
     *,
     connections: int = 8,
     retries: int = 3,
+    timeout: float | None = None,
     stall_timeout: float = 120.0,
     overwrite: bool = False,
     durable: bool = True,
@@ -52,7 +53,8 @@ def download(  # noqa: PLR0913 - all but three are keyword-only, each with its d
         items: URLs, mappings with the fields of ``DownloadItem``, or these; lazily read.
         to: The folder; made if need be. Nothing is written outside.
         connections: Transfers at once in each worker. More than the server allows brings 429s.
-        retries: Further attempts for a file after one that brought no progress.
+        retries: Further attempts for a file after one that brought no progress, or took too long.
+        timeout: Seconds an attempt at a file may take, None for any time; the next goes on where it stood.
         stall_timeout: Seconds without a byte after which a transfer counts as broken.
         overwrite: Fetch files that are there already.
         durable: Write data and names to disk before a file is reported done.
@@ -68,12 +70,13 @@ def download(  # noqa: PLR0913 - all but three are keyword-only, each with its d
         StorageFullError: The disk is full: after the results of what was under way.
         LoginError: The pool was opened, and the login failed.
     """
-    if connections < 1 or retries < 0 or not stall_timeout > 0:
-        msg = "connections must be at least 1, stall_timeout more than 0 seconds, and retries not negative"
+    if connections < 1 or retries < 0 or not stall_timeout > 0 or not (timeout is None or timeout > 0):
+        msg = "connections must be at least 1, timeouts more than 0 seconds, and retries not negative"
         raise ValueError(msg)
     load_pycurl()
     curl = CurlOptions(connections, stall_timeout, ca_bundle)
-    settings = FetchSettings(str(Path(to).absolute()), curl, retries, overwrite, durable, authenticated=authenticated)
+    folder = str(Path(to).absolute())
+    settings = FetchSettings(folder, curl, retries, timeout, overwrite, durable, authenticated=authenticated)
     return _run(pool, items, settings, max_workers, progress=progress)
 
 

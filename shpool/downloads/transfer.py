@@ -15,7 +15,7 @@ The rules:
  5. A page in HTML, or an error in JSON, is not data, unless the file is to be one or the size or a checksum that was
     given will tell.
  6. Failures in a row without progress are counted; a megabyte of progress forgets them. Waits that the server asks
-    for are counted apart.
+    for are counted apart, and so are attempts that took too long, which no progress makes forgotten.
 """
 
 from __future__ import annotations
@@ -318,15 +318,20 @@ class Patience:
     retries: int
     failures: int = 0  # in a row
     pauses: int = 0  # in a row
+    lates: int = 0  # in all
     _best: int = 0  # bytes on disk when the failures were last forgotten
 
-    def has_more(self, size: int, *, is_pause: bool = False) -> bool:
+    def has_more(self, size: int, *, is_pause: bool = False, is_late: bool = False) -> bool:
         """Take note of a failed attempt; tell whether there is to be another.
 
         Args:
             size: Bytes on disk after it.
             is_pause: The server asked to wait.
+            is_late: It took too long.
         """
+        if is_late:
+            self.lates += 1
+            return self.lates <= self.retries
         if size >= self._best + _PROGRESS:
             self._best, self.failures, self.pauses = size, 0, 0
         if is_pause:
