@@ -535,6 +535,11 @@ def test_a_servers_checksum_covers_a_continued_file(fetch: Fetch, server: Loopba
         ("$value", "text/html"),
         ("a.tif", "application/json"),
         ("a.json", "application/problem+json"),
+        ("a.zip", "application/xml"),
+        ("a.jp2", "text/xml"),
+        ("a.nc", "application/geo+json"),
+        ("a.SAFE", "text/plain"),
+        ("a.tif", "text/plain; charset=utf-8"),
     ],
 )
 def test_an_error_page_in_place_of_data_is_refused(
@@ -553,11 +558,38 @@ def test_an_error_page_in_place_of_data_is_refused(
         ("a.json", "application/json"),
         ("a.geojson", "application/json"),
         ("items", "application/json"),
-        ("a.tif", "text/plain"),
+        ("a.xml", "application/xml"),
+        ("a.gml", "text/xml"),
+        ("manifest.safe", "text/xml"),
+        ("a.txt", "text/plain"),
+        ("a.csv", "text/plain"),
+        ("a.jsonl", "text/plain"),
     ],
 )
 def test_a_page_that_is_the_file_is_fetched(fetch: Fetch, server: LoopbackServer, name: str, media_type: str) -> None:
     assert only(fetch(server.put_file(name, b"content", {"Content-Type": media_type}))).status == "done"
+
+
+@pytest.mark.parametrize("media_type", ["text/html", "application/json", "application/xml", "text/plain"])
+@pytest.mark.parametrize("is_planned", [True, False])
+def test_the_suffix_that_counts_is_that_of_the_record_or_of_the_servers_name(
+    fetch: Fetch, server: LoopbackServer, tmp_path: Path, media_type: str, *, is_planned: bool
+) -> None:
+    named = {} if is_planned else {"Content-Disposition": 'attachment; filename="a.zip"'}
+    url = server.put_file("$value", b"no such product", {"Content-Type": media_type, **named})
+    item = {"url": url, "path": "x/a.zip"} if is_planned else {"url": url}
+    assert isinstance(only(fetch(item, retries=0)).error, ContentError)
+    assert files_in(tmp_path / "d") == {}
+
+
+@pytest.mark.parametrize(
+    "data", [b"II*\0" + b"a" * 1000, b"PK\x03\x04abc", b"%PDF-1.4\n", b"\x89HDF\r\n", b"\xff\xd8\xff\xe0"]
+)
+def test_data_that_a_server_calls_text_is_data(
+    fetch: Fetch, server: LoopbackServer, tmp_path: Path, data: bytes
+) -> None:
+    assert only(fetch(server.put_file("a.tif", data, {"Content-Type": "text/plain"}))).status == "done"
+    assert files_in(tmp_path / "d") == {"a.tif": data}
 
 
 def test_a_page_whose_checksum_was_given_is_the_file(fetch: Fetch, server: LoopbackServer) -> None:

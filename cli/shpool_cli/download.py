@@ -131,7 +131,8 @@ def download(  # noqa: PLR0913 - options of a command line
     the server sends one. Without one the server is asked, one request a file: it must have as many bytes and no later
     date than the file there. That is no proof: the end's words count such files as "by size alone". --overwrite fetches
     them; a checksum or --journal spares the question. The token is renewed while files are on their way, and never sent
-    to another origin that a redirect leads to. A web page or an error in JSON is not taken for a file.
+    to another origin that a redirect leads to. A web page, or an error in JSON, XML or plain text, is not taken for a
+    file that is to be something else.
 
     Results are JSON Lines in the order the files finish: index, key, status, result (url, path, bytes, received,
     was_there, by_size) or error, attempts, seconds.

@@ -27,6 +27,7 @@ from shpool.downloads.transfer import (
     can_continue,
     is_younger,
     judge,
+    words_in_place_of_data,
 )
 from shpool.errors import ContentError, DownloadError, DownloadTimeoutError, TransferError
 from shpool.origins import shown_url
@@ -77,6 +78,7 @@ class Incoming:
         self._hashers = Hashers(())
         self._chunks: list[bytes] = []
         self._in_memory = 0
+        self._is_sniffed = False  # the first bytes of the answer under way were looked at
 
     # Before a request
 
@@ -109,6 +111,7 @@ class Incoming:
             self.attempts += 1
             self.deadline = time.monotonic() + (math.inf if self._settings.timeout is None else self._settings.timeout)
         self._verdict = self.answer = None
+        self._is_sniffed = False
         self._asked = Ask(self._wanted, self._standing(), self.url, self._unit)
         return self._asked.fields()
 
@@ -127,6 +130,10 @@ class Incoming:
         """Judge an answer, and get ready to write what follows."""
         assert self._asked is not None
         self.answer = answer
+        wanted = self._wanted
+        if self.planned.path is None:  # what the server calls it says what it is to be
+            wanted = wanted._replace(name=late_name(wanted.url, answer.fields.get("content-disposition", "")))
+        self._asked = self._asked._replace(wanted=wanted)
         verdict = judge(answer, self._asked, time.time())
         if isinstance(verdict, Receive) and self.target is None:
             self._settle_name(answer.fields.get("content-disposition", ""))
@@ -174,10 +181,22 @@ class Incoming:
         verdict = self._verdict
         if not isinstance(verdict, Receive):
             return self._in_memory <= _IGNORED and not isinstance(verdict, (Whole, StartOver))
+        if not self._is_sniffed and not verdict.offset and not self._sniff(chunk):
+            return True  # read to its end, if that is near, so that the connection can be used again
         self._chunks.append(chunk)
         if self._in_memory >= _KEPT_IN_MEMORY:
             self._write()
         return True
+
+    def _sniff(self, chunk: bytes) -> bool:
+        """Look at the first bytes of a file; tell whether they may be of it."""
+        self._is_sniffed = True
+        assert self._asked is not None
+        assert self.answer is not None
+        trouble = words_in_place_of_data(self.answer, self._asked.wanted, chunk)
+        if trouble is not None:
+            self._verdict = Failure(trouble)
+        return trouble is None
 
     def _write(self) -> None:
         """Write what has arrived to the part, and note what it is worth if more is to come."""

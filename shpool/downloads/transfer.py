@@ -12,8 +12,9 @@ The rules:
     (``If-Unmodified-Since``, RFC 9110 section 13.1.4). A 416 with the same length says that it is whole, by its size
     alone; a 412 or another length that it is not. A checksum the server states with a 200 is compared with the file.
  4. The size stated by the answer must be the size that was given.
- 5. A page in HTML, or an error in JSON, is not data, unless the file is to be one or the size or a checksum that was
-    given will tell.
+ 5. A page in HTML, or an error in JSON, XML or plain words, is not data, unless the file is to be one or the size or a
+    checksum that was given will tell. What a file is to be, the suffix of its name says; plain words are looked at, as
+    many servers call text what they do not know.
  6. Failures in a row without progress are counted; a megabyte of progress forgets them. Waits that the server asks
     for are counted apart, and so are attempts that took too long, which no progress makes forgotten.
 """
@@ -49,7 +50,21 @@ _CONTENT_RANGE = re.compile(r"bytes\s+(?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18}|\*)
 _HTML = frozenset({"text/html", "application/xhtml+xml"})
 _HTML_SUFFIXES = frozenset({".html", ".htm", ".xhtml"})
 _PROBLEM = frozenset({"application/problem+json", "application/problem+xml"})
+_WORDS = frozenset({"application/json", "application/xml", "text/xml"})
 _JSON_SUFFIXES = frozenset({".json", ".geojson", ".jsonl", ".ndjson", ".topojson", ""})
+# Of files that are never text: images and rasters, arrays, tables, point clouds, archives. A product in the SAFE format
+# is a zip where it comes as one file, whatever it is called; its manifest.safe is XML.
+_BINARY_SUFFIXES = frozenset(
+    {
+        *(".tif", ".tiff", ".jp2", ".j2k", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".cog", ".ecw", ".sid"),
+        *(".nc", ".nc4", ".cdf", ".h5", ".hdf", ".hdf5", ".he5", ".grib", ".grib2", ".grb", ".grb2", ".bufr", ".n1"),
+        *(".zip", ".safe", ".sen3", ".seosp", ".kmz", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".tar", ".rar"),
+        *(".parquet", ".feather", ".arrow", ".npy", ".npz", ".pkl", ".gpkg", ".sqlite", ".mbtiles", ".pmtiles", ".fgb"),
+        *(".shp", ".shx", ".dbf", ".las", ".laz", ".copc", ".pdf", ".mp4", ".avi", ".mov", ".mp3", ".wav", ".whl"),
+    }
+)
+_SNIFFED = 512  # bytes at the beginning of a file that tell text from other things
+_CONTROLS = bytes(set(range(32)) - set(b"\t\n\f\r\x1b"))  # what no text has, as file(1) has it
 
 
 class Wanted(NamedTuple):
@@ -266,21 +281,53 @@ def _judge_redirect(answer: Answer, ask: Ask) -> Verdict:
 
 def page_in_place_of_data(answer: Answer, wanted: Wanted) -> ContentError | None:
     """Return an error when an answer is a page for people, or an error in words, where data was expected (rule 5)."""
-    media_type = answer.fields.get("content-type", "").partition(";")[0].strip().lower()
+    media_type = _media_type(answer)
     if not media_type or wanted.digests:
         return None
     if wanted.size is not None and answer.fields.get("content-length") == str(wanted.size):
         return None
     suffix = os.path.splitext(wanted.name)[1].lower()
+    is_words = media_type in {"application/json", "application/xml", "text/xml"} or media_type.endswith(
+        ("+json", "+xml")
+    )
     is_page = (
         media_type in _PROBLEM
         or (media_type in _HTML and suffix not in _HTML_SUFFIXES)
         or (media_type == "application/json" and suffix not in _JSON_SUFFIXES)
+        or (is_words and _is_binary(wanted.name))
     )
-    if not is_page:
+    return _no_data(media_type, wanted) if is_page else None
+
+
+def words_in_place_of_data(answer: Answer, wanted: Wanted, beginning: bytes) -> ContentError | None:
+    """Return an error when a file that is to be no text begins as one, and the server calls it that (rule 5)."""
+    media_type = _media_type(answer)
+    if media_type != "text/plain" or not _is_binary(wanted.name):
         return None
+    if wanted.digests or (wanted.size is not None and answer.fields.get("content-length") == str(wanted.size)):
+        return None
+    start = beginning[:_SNIFFED]
+    is_text = not start.startswith(b"%PDF") and start.translate(None, _CONTROLS) == start
+    try:
+        start.decode()
+    except UnicodeDecodeError as exc:
+        is_text = is_text and exc.start > len(start) - 4  # a character that the cut has torn
+    return _no_data(media_type, wanted) if is_text else None
+
+
+def _is_binary(name: str) -> bool:
+    """Tell whether a file of this name is no text for certain."""
+    lower = os.path.basename(name).lower()
+    return os.path.splitext(lower)[1] in _BINARY_SUFFIXES and lower != "manifest.safe"
+
+
+def _no_data(media_type: str, wanted: Wanted) -> ContentError:
     reason = f"the server sent {media_type} in place of data; give its size or checksum if that is the file"
     return ContentError(shown_url(wanted.url), reason)
+
+
+def _media_type(answer: Answer) -> str:
+    return answer.fields.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def is_younger(answer: Answer, written: float) -> bool:
