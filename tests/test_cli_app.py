@@ -110,6 +110,15 @@ def test_a_profile_where_there_are_none_is_not_to_be_chosen(shell: Shell) -> Non
         assert "SH_PROFILE" not in done.stderr
 
 
+def test_a_profile_that_is_not_there_is_answered_with_those_that_are(shell: Shell) -> None:
+    for name in ("mine", "theirs"):
+        assert shell.run("config", "set", "max_retries", "3", "--profile", name).returncode == 0
+    done = shell.run("token", "--profile", "nope")
+    assert_told(
+        done, 2, "no profile 'nope'", "hint: choose one of mine, theirs with --profile or SH_PROFILE, or make it"
+    )
+
+
 def test_scope_needs_a_token_url(shell: Shell) -> None:
     assert_told(shell.run("token", "--scope", "read"), 2, "--token-url")
 

@@ -884,6 +884,7 @@ def test_a_wrong_value_costs_a_resumed_run_nothing(runs: Runs) -> None:
         (("jobs:ten", "in.jsonl", "--journal", "bin/../in.jsonl"), "are the same file"),
         (("jobs:ten", "in.jsonl", "more"), "TARGET and INPUT are enough"),
         (("in.jsonl",), "INPUT is missing"),
+        (("jobs:ten", "in.jsonl", "--journal", "-"), "--journal - is no file"),
         (("jobs:ten", "in.jsonl", "--shell", "echo {}"), "with --shell there is INPUT alone"),
     ],
 )

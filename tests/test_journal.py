@@ -374,6 +374,28 @@ def test_another_format_is_refused(path: Path) -> None:
         JournalView(path)
 
 
+@pytest.mark.parametrize("begin", [100, 8192], ids=["tables", "rows"])
+def test_a_damaged_journal_begins_anew_where_asked(path: Path, begin: int) -> None:
+    with Journal(path, TARGET) as journal:
+        carry_out(journal, *map(a_job, range(500)))
+    content = path.read_bytes()
+    path.write_bytes(content[:begin] + b"\xff" * (len(content) - begin))
+    with pytest.raises(JournalError, match=r"it is damaged .*begin anew with --fresh"):
+        verdicts(path, *range(500))
+    with Journal(path, TARGET, fresh=True) as journal:
+        carry_out(journal, a_job(1))
+    assert verdicts(path, 1, 2) == ["done", "run"]
+
+
+def test_what_is_damaged_beyond_recognition_is_kept(path: Path) -> None:
+    Journal(path, TARGET).close()
+    path.write_bytes(path.read_bytes()[:50])
+    for fresh in (False, True):
+        with pytest.raises(JournalError, match=r"it is damaged .*give another --journal"):
+            Journal(path, TARGET, fresh=fresh)
+    assert path.stat().st_size == 50
+
+
 @pytest.mark.parametrize("content", [b"notes\n", b"x" * 10_000, b"SQLite format 3\0" + b"\xff" * 4096])
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_file_that_is_no_journal_is_refused_and_kept(path: Path, content: bytes, *, fresh: bool) -> None:

@@ -97,7 +97,7 @@ def read_config(profile: str | None) -> SHConfig:
     """Return the settings in effect.
 
     Raises:
-        CommandError: A profile is asked for and there is none at all.
+        CommandError: There is no profile of that name.
         ConfigError: The configuration cannot be used.
     """
     from shpool.config import DEFAULT_PROFILE, SHConfig
@@ -105,9 +105,11 @@ def read_config(profile: str | None) -> SHConfig:
 
     path = SHConfig.get_config_location()
     name = profile or os.environ.get("SH_PROFILE") or DEFAULT_PROFILE
-    if name != DEFAULT_PROFILE and not read_profiles(Path(path)):
-        msg = f"{path}: no profile {name!r}; there are none"
-        raise CommandError(msg, f"make it with: shpool config set NAME VALUE --profile {name}")
+    profiles = read_profiles(Path(path))
+    if name not in profiles and (profiles or name != DEFAULT_PROFILE):
+        there = f"choose one of {', '.join(profiles)} with --profile or SH_PROFILE, or " if profiles else ""
+        msg = f"{path}: no profile {name!r}" + ("" if profiles else "; there are none")
+        raise CommandError(msg, f"{there}make it with: shpool config set NAME VALUE --profile {name}")
     return SHConfig(profile)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shpool.halting import HaltPolicy
+from shpool_cli.console import CommandError
 from shpool_cli.inputs import Format
 
 if TYPE_CHECKING:
@@ -125,6 +126,9 @@ def check_journal(  # noqa: PLR0913 - each is an option
         if is_given and path is None:
             msg = f"{name} goes with --journal"
             raise typer.BadParameter(msg)
+    if path is not None and str(path) == "-":
+        msg = "--journal - is no file: a journal is read and written at any place, which a stream cannot be"
+        raise CommandError(msg, "give the name of a file, such as --journal run.db")
     if only_failed and fresh:
         msg = "--only-failed needs what --fresh throws away"
         raise typer.BadParameter(msg)

@@ -131,9 +131,10 @@ def run(  # noqa: PLR0913 - options of a command line
     skipped. All of it is checked before the login and before anything runs.
 
     Results are JSON Lines in the order the jobs finish: index, key, status, result or error, attempts, seconds. Each
-    line is written at once, so an interrupted run keeps them. Dates, paths, bytes (base64), dataclasses and NumPy
-    values are converted, NaN becomes null; what has no JSON form fails its job. A shell job's result, also of one that
-    failed, is what it wrote to stdout and stderr (of much, 1 MiB of each), exit_status, and signal.
+    line is written at once, so an interrupted run keeps them. Dates, durations (as seconds), paths, bytes (base64),
+    dataclasses and NumPy values are converted, NaN becomes null; what has no JSON form fails its job. A shell job's
+    result, also of one that failed, is what it wrote to stdout and stderr (1 MiB of each at most), exit_status and
+    signal.
 
     With --journal, jobs are known by their content, not by their line: run the same command again after an
     interruption, a crash, or a change of INPUT, and only what is not done runs. Equal lines run once.

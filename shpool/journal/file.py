@@ -24,6 +24,7 @@ _BUSY_TIMEOUT = 5.0  # s to wait for SQLite's locks: those who read hold them fo
 _TIDYING_TIMEOUT = 300  # ms to wait for those who read, at the end of a run
 _CHECKPOINT_PAGES = 4000  # of 4 KiB: pages of the index of keys are written many times before they are copied back
 _CACHE_KIB = 8192  # of the writing connection; SQLite's 2 MiB holds a tenth of the index of a million keys
+_HEADER = 100  # bytes
 _NO_SPACE = 64 * 1024  # bytes left on a disk that is called full: SQLite's files grow by 32 KiB at a time
 
 
@@ -54,6 +55,18 @@ def open_for_writing(path: Path, target: str, *, fresh: bool) -> sqlite3.Connect
         JournalError: It cannot be used: each class says why.
     """
     _make_private(path)
+    try:
+        return _opened(path, target, fresh=fresh)
+    except JournalError as exc:
+        if not (fresh and _is_damage(str(exc.__cause__)) and _looks_like_ours(path)):
+            raise
+    for damaged in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
+        damaged.unlink(missing_ok=True)
+    _make_private(path)
+    return _opened(path, target, fresh=fresh)
+
+
+def _opened(path: Path, target: str, *, fresh: bool) -> sqlite3.Connection:
     connection = connect(path, "rw")
     try:
         with translated(path):
@@ -201,14 +214,29 @@ def _in_words(path: Path, text: str) -> JournalError:
         return NotAJournalError(str(path), "it is no SQLite database")
     if "is full" in text or ("I/O error" in text and _is_full(path)):
         return JournalFullError(str(path), _recorded(path))
-    if "malformed" in text or "no such" in text:
-        return JournalError(str(path), f"it is damaged ({text})", "restore it from a copy, or give another --journal")
+    if _is_damage(text):
+        way_out = "begin anew with --fresh" if _looks_like_ours(path) else "give another --journal"
+        return JournalError(str(path), f"it is damaged ({text})", f"restore it from a copy, or {way_out}")
     if "locked" in text:
         return JournalError(str(path), "another program has locked it", "close that program and try again")
     if "readonly" in text or "unable to open" in text:
         return JournalError(str(path), f"no access ({text})", "give a --journal that you may read and write")
     hint = "check the disk and run the same command again: what was reported is recorded"
     return JournalError(str(path), text, hint)
+
+
+def _is_damage(text: str) -> bool:
+    return "malformed" in text or "no such" in text
+
+
+def _looks_like_ours(path: Path) -> bool:
+    """Tell whether a damaged file was a journal, by what is left of its header (SQLite's file format, section 1.3)."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(_HEADER)
+    except OSError:
+        return False
+    return header.startswith(b"SQLite format 3\0") and header[68:72] == APPLICATION_ID.to_bytes(4, "big")
 
 
 def _is_full(path: Path) -> bool:

@@ -17,8 +17,11 @@ from typing import Any
 def to_json(value: object) -> str:
     """Return ``value`` as one line of JSON.
 
-    Dates become ISO 8601, bytes base64, paths, UUIDs and decimals text, enums their values, sets and arrays
-    lists, dataclasses objects; NaN and the infinities, for which JSON has no word, become null.
+    Dates become ISO 8601, durations seconds, bytes base64, paths, UUIDs and decimals text, enums their values, sets
+    and arrays lists, dataclasses objects; NaN and the infinities, for which JSON has no word, become null.
+
+    Durations are numbers, as all times that shpool writes: who reads them compares or adds them mostly, and the ISO
+    8601 form (``PT1M30S``) needs a parser, which Python's standard library has not.
 
     Raises:
         TypeError: Some part has no JSON form.
@@ -38,6 +41,8 @@ def _plain(value: object) -> object:  # noqa: PLR0911 - a table of types
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, (dt.date, dt.time)):  # a datetime is a date
         return value.isoformat()
+    if isinstance(value, dt.timedelta):
+        return value.total_seconds()
     if isinstance(value, (PurePath, uuid.UUID, decimal.Decimal)):
         return str(value)
     if isinstance(value, (bytes, bytearray, memoryview)):
@@ -48,9 +53,15 @@ def _plain(value: object) -> object:  # noqa: PLR0911 - a table of types
         return sorted(value, key=repr)  # the same in every run
     tolist = getattr(value, "tolist", None)  # numpy's arrays and scalars, and their imitators
     if callable(tolist):
-        return tolist()
+        return _in_microseconds(value).tolist() if getattr(value, "dtype", None) is not None else tolist()
     msg = f"{type(value).__name__} is not a JSON type"
     raise TypeError(msg)
+
+
+def _in_microseconds(value: Any) -> Any:  # noqa: ANN401 - numpy's, which may not be installed
+    """Return numpy's dates and durations in a unit that Python has: of nanoseconds they would be bare numbers."""
+    kind = getattr(value.dtype, "kind", "")
+    return value.astype(f"{kind}8[us]") if kind in {"m", "M"} else value
 
 
 def _without_nan(value: Any) -> Any:  # noqa: ANN401 - any JSON
