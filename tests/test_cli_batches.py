@@ -549,6 +549,7 @@ def test_a_dry_run_tells_what_the_journal_knows(runs: Runs) -> None:
     runs.give([0, 1, 2, 3])
     with runs.start("jobs:hold_1_fail_2", "in.jsonl", *runs.resumable, "-w", "2") as process:
         until(lambda: runs.out.exists() and b'"index": 3' in runs.out.read_bytes(), PATIENCE)
+        until(lambda: JournalView(runs.journal).summary().running == 1, PATIENCE)
         process.kill()
         end(process)
     content = runs.journal.read_bytes()
