@@ -9,7 +9,6 @@ import os
 import time
 import weakref
 from dataclasses import dataclass
-from multiprocessing.reduction import DupFd
 from typing import TYPE_CHECKING, Any
 
 from shpool.checks import checked_number
@@ -502,6 +501,8 @@ class GateHandle:
         os.set_inheritable(self._descriptor, False)
 
     def __reduce__(self) -> tuple[Callable[..., Gate], tuple[object, ...]]:
+        from multiprocessing.reduction import DupFd  # here: the login need not wait for it
+
         return _join_handed_over, (DupFd(self._descriptor),)
 
 
