@@ -7,7 +7,7 @@ import os
 import pickle
 import threading
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from patience import PATIENCE, in_time
@@ -23,6 +23,9 @@ from shpool.errors import NoSessionError, TokenUnavailableError
 from shpool.shared import SharedSession, current_session
 from shpool.tokens import Posting, Token, boot_time
 from shpool.worker import dump, load, load_error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 CANARY = "canary-token-not-real-77"
 
@@ -275,6 +278,55 @@ def test_closing_undoes_what_opening_did(monkeypatch: pytest.MonkeyPatch) -> Non
     assert CANARY not in str(vars(session)) + str(vars(there.cell))
     with pytest.raises(TokenUnavailableError, match="sharing has ended"):
         in_time(lambda: session.token)
+
+
+@pytest.fixture
+def untouched(monkeypatch: pytest.MonkeyPatch) -> Iterator[logging.Logger]:
+    """Prove that the process is left as it was found; return the root logger, which lets warnings pass."""
+    monkeypatch.setenv("FORMER", "before")
+    monkeypatch.delenv("NOVEL", raising=False)
+    root = logging.getLogger()
+    before = root.level, list(root.handlers)
+    root.setLevel(logging.WARNING)
+    try:
+        yield root
+        assert (os.environ["FORMER"], os.environ.get("NOVEL")) == ("before", None)
+        assert (root.level, list(root.handlers)) == (logging.WARNING, before[1])
+    finally:
+        root.setLevel(before[0])
+
+
+def begun(pool: str, **setup: Any) -> Outpost:
+    there = open_outpost(outpost(pool, **setup))
+    assert outcome(there.run(call_of(abs, -1, pool=pool))) == 1
+    return there
+
+
+@pytest.mark.parametrize("order", ["abc", "acb", "bac", "bca", "cab", "cba"])
+def test_each_end_leaves_what_those_that_are_still_there_want(untouched: logging.Logger, order: str) -> None:
+    """Of a variable, what the latest wants; of the level, what the most curious does."""
+    wants = {
+        "a": ({"FORMER": "a", "NOVEL": "a"}, logging.INFO),
+        "b": ({"FORMER": "b"}, logging.DEBUG),
+        "c": ({"NOVEL": "c"}, None),
+    }
+    for pool, (env, level) in wants.items():
+        begun(pool, env=env, log_level=level)
+    for number, pool in enumerate(order):
+        close_outpost(pool)
+        left = [wants[other] for other in sorted(order[number + 1 :])]
+        for name, former in (("FORMER", "before"), ("NOVEL", None)):
+            assert os.environ.get(name) == [former, *(env[name] for env, _ in left if name in env)][-1]
+        assert untouched.level == min([logging.WARNING, *(level for _, level in left if level)])
+
+
+def test_one_that_is_closed_before_its_first_call_changes_nothing(untouched: logging.Logger) -> None:
+    """Such as a call that was on its way in."""
+    there = open_outpost(outpost("late", env={"FORMER": "late"}, log_level=logging.DEBUG))
+    close_outpost("late")
+    with pytest.raises(TokenUnavailableError, match="sharing has ended"):
+        there.run(call_of(my_token, pool="late"))
+    assert untouched.level == logging.WARNING
 
 
 def test_log_records_of_a_call_come_with_its_answer_and_without_the_token() -> None:

@@ -2,7 +2,7 @@
 
 The process belongs to the cluster: it was there before the pool and will be after it, it may run tasks of others, also
 of other pools, and several at once in threads. So nothing here is the process's own: an outpost is found by its pool's
-random id, ``current_session()`` is the call's, and closing undoes what opening did.
+random id, ``current_session()`` is the call's, and closing undoes what opening did, whichever outpost closes first.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from shpool.engines.leased_gate import LeasedGate
 from shpool.engines.sealed import Answer, Call
 from shpool.engines.serve import Kind, unreadable
+from shpool.errors import TokenUnavailableError
 from shpool.gate import unanswered
 from shpool.logs import RelayHandler
 from shpool.shared import SharedSession, adopt_session, is_session_here, leave_session, take_session
@@ -65,7 +66,7 @@ class Outpost:
         self._lock = threading.RLock()  # guards what follows, and is held while the initializer runs
         self._is_begun = False
         self._unfit = b""  # the pickled error of the initializer
-        self._former_env: dict[str, str | None] = {}
+        self._is_closed = False
         self._handler: _RecordsOfCalls | None = None
 
     def run(self, call: Call, begun: Callable[[int], object] = lambda _: None) -> bytes:
@@ -103,9 +104,10 @@ class Outpost:
             self.gate.close()
         self.session.forget()
         with self._lock:
-            _restore(self._former_env)
+            self._is_closed = True
+            _traces.remove(self)
             if self._handler is not None:
-                self._handler.detach()
+                logging.getLogger().removeHandler(self._handler)
             self._functions.clear()
 
     @contextlib.contextmanager
@@ -123,11 +125,15 @@ class Outpost:
         with self._lock:
             if self._is_begun:
                 return
+            if self._is_closed:  # while the call was on its way in; nobody would undo what this does
+                reason = "sharing has ended"
+                raise TokenUnavailableError(reason)
             try:
                 setup: WorkerSetup = load(self._pickled_setup)
-                self._former_env = _apply(setup.env)
+                _traces.add(self, setup.env, setup.log_level)
                 if setup.log_level is not None:
                     self._handler = _RecordsOfCalls(setup.log_level, self.session)
+                    logging.getLogger().addHandler(self._handler)
                 if setup.initializer is not None:
                     setup.initializer(*setup.initargs)
             except BaseException as exc:  # noqa: BLE001 - border: the initializer is the user's
@@ -201,24 +207,15 @@ def _adopt_the_only_one() -> None:
 
 
 class _RecordsOfCalls(RelayHandler):
-    """Add what a call logs to its answer. The process's root logger lets pass what the most curious pool wants."""
+    """Add what a call logs to its answer."""
 
     def __init__(self, level: int, session: SharedSession) -> None:
         super().__init__(_collect, session.known_secrets)
         self.setLevel(level)
         self._session = session
-        root = logging.getLogger()
-        self._former_level = root.level
-        root.setLevel(min(level, root.level))
-        root.addHandler(self)
 
     def filter(self, record: logging.LogRecord) -> Any:  # noqa: ANN401 - as in logging, where it has changed
         return is_session_here(self._session) and super().filter(record)
-
-    def detach(self) -> None:
-        root = logging.getLogger()
-        root.removeHandler(self)
-        root.setLevel(self._former_level)
 
 
 def _collect(record: bytes) -> None:
@@ -227,21 +224,58 @@ def _collect(record: bytes) -> None:
         records.append(record)
 
 
-def _apply(env: Mapping[str, str]) -> dict[str, str | None]:
-    """Set environment variables; return what they were."""
-    former = {name: os.environ.get(name) for name in env}
-    os.environ.update(env)
-    return former
+class _Traces:
+    """What outposts leave on their process for their time: environment variables, and the root logger's level.
+
+    How it was before the first of them is kept here, not in them: they end in any order, and each leaves what those
+    that are still there want. Of a variable that is the latest one's value; the level lets pass what the most curious
+    wants, as each takes its own calls' records from its own level on.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards what follows
+        self._wants: dict[Outpost, tuple[Mapping[str, str], int | None]] = {}  # in the order in which they came
+        self._former_env: dict[str, str | None] = {}
+        self._former_level: int | None = None
+
+    def add(self, outpost: Outpost, env: Mapping[str, str], level: int | None) -> None:
+        """Set what an outpost wants."""
+        with self._lock:
+            self._wants[outpost] = env, level
+            for name in env:
+                self._former_env.setdefault(name, os.environ.get(name))
+            os.environ.update(env)
+            if level is not None:
+                if self._former_level is None:
+                    self._former_level = logging.getLogger().level
+                self._set_level()
+
+    def remove(self, outpost: Outpost) -> None:
+        """Undo what an outpost wanted, as far as no other wants it."""
+        with self._lock:
+            env, level = self._wants.pop(outpost, ({}, None))
+            for name in env:
+                wanted = [others[name] for others, _ in self._wants.values() if name in others]
+                _set(name, wanted[-1] if wanted else self._former_env.pop(name))
+            if level is not None:
+                self._set_level()
+
+    def _set_level(self) -> None:
+        former = self._former_level or logging.NOTSET
+        levels = [level for _, level in self._wants.values() if level is not None]
+        logging.getLogger().setLevel(min([former, *levels]))
+        if not levels:
+            self._former_level = None
 
 
-def _restore(former: dict[str, str | None]) -> None:
-    for name, value in former.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+def _set(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
 
 
+_traces = _Traces()
 _registry = threading.Lock()  # guards the three that follow
 _outposts: dict[str, Outpost] = {}
 _homes: set[str] = set()
