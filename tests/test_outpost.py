@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
 import threading
@@ -142,6 +143,23 @@ def test_a_token_that_has_ended_is_not_handed_out() -> None:
     cell.take(parcel(lifetime=-1.0))
     with pytest.raises(TokenUnavailableError, match="expired"):
         SharedSession(cell).wait_for_token(0.0)
+
+
+def test_a_cell_holds_a_token_to_its_end_and_no_longer() -> None:
+    cell = TokenCell()
+    assert cell.wipe() == -math.inf
+    cell.take(parcel(lifetime=50.0))
+    assert 0 < cell.wipe() <= 50
+    assert CANARY in str(vars(cell))
+    cell._deadline = boot_time()
+    assert cell.wipe() <= 0
+    assert CANARY not in str(vars(cell))
+    cell.take(parcel(2))
+    assert CANARY in str(cell.read())
+    cell._deadline = boot_time()
+    assert CANARY not in str(cell.read())
+    cell.take(parcel(3, lifetime=-1.0))
+    assert CANARY not in str(vars(cell))
 
 
 # Outposts

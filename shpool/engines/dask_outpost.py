@@ -3,16 +3,23 @@
 The plugin's pickled form lies in the scheduler for workers that come later, so it holds no token: each outpost asks for
 one by an event, and the client brings it by ``Client.run``, which is stored nowhere. So it is with leases of the gate.
 Events do stay in the scheduler's memory: there is nothing in them but numbers and addresses.
+
+A driver that was killed has removed nothing. Outposts serve its token to the end; then each has the scheduler look
+whether the pool's client is still there, and if it is not, remove plugin and topic, which closes the outposts. So no
+pause of a driver that lives, however long, costs it its outposts.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 import os
 import signal
 from typing import TYPE_CHECKING, Any
 
 from distributed import WorkerPlugin, get_worker
+from distributed.protocol.pickle import dumps
 
 from shpool.engines.outpost import Outpost, close_outpost, open_outpost, outpost_of
 from shpool.engines.parcels import TokenCell
@@ -24,6 +31,12 @@ if TYPE_CHECKING:
 
     from shpool.engines.parcels import Parcel
     from shpool.engines.sealed import Call
+
+logger = logging.getLogger(__name__)
+
+_LEAST_PAUSE = 5.0  # s without a token until the scheduler is asked whether the pool's client is still there
+_LONGEST_PAUSE = 60.0  # s between two such questions
+_LOOK = 5.0  # s between two looks at a token's time: the next one may end before this one would have
 
 
 def topic_of(pool: str) -> str:
@@ -42,6 +55,7 @@ class OutpostPlugin(WorkerPlugin):
     def __init__(self, pool: str, setup: bytes) -> None:
         self.pool = pool
         self._setup = setup
+        self._watching: asyncio.Task[None] | None = None  # on a worker
 
     def setup(self, worker: Worker) -> None:
         """Open the outpost, and tell the client of it."""
@@ -56,12 +70,40 @@ class OutpostPlugin(WorkerPlugin):
         def tell(note: bytes) -> None:
             worker.log_event(topic, {"lease": address, "note": note})
 
-        open_outpost(Outpost(self.pool, self._setup, TokenCell(ask), report, tell))
+        outpost = open_outpost(Outpost(self.pool, self._setup, TokenCell(ask), report, tell))
+        self._watching = asyncio.ensure_future(_watch(outpost.cell, worker, topic))
         worker.log_event(topic, description_of(worker))
 
     def teardown(self, worker: Worker) -> None:  # noqa: ARG002 - dask's signature
         """Close the outpost."""
+        if self._watching is not None:
+            self._watching.cancel()
         close_outpost(self.pool)
+
+
+async def _watch(cell: TokenCell, worker: Worker, topic: str) -> None:
+    """Wipe the token when it ends, and while there is none, have the scheduler look after the pool."""
+    asked, pause = boot_time(), _LEAST_PAUSE
+    while True:
+        left, now = cell.wipe(), boot_time()
+        if left > 0:
+            wait, pause = left, _LEAST_PAUSE
+        else:
+            wait = max(asked, now + left) + pause - now
+            if wait <= 0:
+                await _have_removed(worker, topic)
+                asked, pause = now, min(2 * pause, _LONGEST_PAUSE)
+                continue
+        await asyncio.sleep(min(wait, _LOOK))
+
+
+async def _have_removed(worker: Worker, topic: str) -> None:
+    """Call ``remove_if_left`` on the scheduler, as ``Client.run_on_scheduler`` does, without waiting for its end."""
+    try:
+        function, args, kwargs = dumps(remove_if_left), dumps((topic,)), dumps({})
+        await worker.scheduler.run_function(function=function, args=args, kwargs=kwargs, wait=False)
+    except Exception as exc:  # noqa: BLE001 - border: the cluster's own code, which may not let anybody do this
+        logger.debug("the scheduler cannot be asked after the pool: %s", type(exc).__name__)
 
 
 def description_of(worker: Worker) -> dict[str, Any]:
@@ -111,6 +153,17 @@ def kill_worker(dask_worker: Nanny) -> None:
     pid = dask_worker.pid
     if pid:
         os.kill(pid, signal.SIGKILL)
+
+
+async def remove_if_left(topic: str, dask_scheduler: Scheduler) -> None:
+    """Remove a pool's plugin and topic if its client has left without doing so."""
+    broker = dask_scheduler._broker  # noqa: SLF001 - distributed has no public way to learn who subscribes
+    subscribers = broker._topics[topic].subscribers if topic in broker._topics else ()  # noqa: SLF001 - as above
+    if any(client in dask_scheduler.clients for client in subscribers):
+        return
+    if topic in dask_scheduler.worker_plugins:
+        await dask_scheduler.unregister_worker_plugin(None, name=topic)
+    forget_topic(topic, dask_scheduler)
 
 
 def forget_topic(topic: str, dask_scheduler: Scheduler) -> None:

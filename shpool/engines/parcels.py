@@ -5,6 +5,7 @@
 the arrival, or, once the outpost has asked and the answer says which question it answers, from the question: what
 the network took then shortens the token's life here, and never lengthens it.
 3. Nothing that holds a token shows it: not in a repr, hence not in a cluster's logs.
+4. A cell holds no token that has ended, only when that was: its readers are to hear why they get none.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class TokenCell:
         self._lock = threading.Lock()  # guards what follows
         self.version_word = [0]
         self._payload = b""
+        self._is_wiped = True  # no token is in the payload
         self._deadline = math.inf
         self._offset = -math.inf  # this host's boot clock less the parent's, at least
         self._asked = -math.inf
@@ -88,12 +90,16 @@ class TokenCell:
                 posting = replace(posting, token=replace(posting.token, deadline=here + parcel.remaining))
             self._deadline = math.inf if posting.token is None else posting.token.deadline
             self._payload = posting.to_bytes()
+            self._is_wiped = posting.token is None
             self.version_word[0] = parcel.number
+            self._wipe(boot_time())
 
     def read(self) -> tuple[int, bytes]:
         """Return the newest parcel's number and posting; asks for another where this one is of no use."""
         with self._lock:
-            version, payload, now = self.version_word[0], self._payload, boot_time()
+            now = boot_time()
+            self._wipe(now)
+            version, payload = self.version_word[0], self._payload
             is_wanted = version != CLOSED and (not version or now >= self._deadline) and now - self._asked > _ASK_PAUSE
             if is_wanted:
                 self._asked = now
@@ -101,7 +107,21 @@ class TokenCell:
             self._ask(now)
         return version, payload
 
+    def wipe(self) -> float:
+        """Forget the token if it has ended; return the seconds until it does, negative since, -inf without any."""
+        with self._lock:
+            now = boot_time()
+            self._wipe(now)
+            return -math.inf if self._deadline == math.inf else self._deadline - now
+
+    def _wipe(self, now: float) -> None:
+        if not self._is_wiped and now >= self._deadline:
+            posting = Posting.from_bytes(self._payload)
+            token = posting.token and replace(posting.token, access_token="", extra={})
+            self._payload, self._is_wiped = replace(posting, token=token).to_bytes(), True
+
     def close(self) -> None:
         """Tell readers that sharing has ended, and forget the token."""
         with self._lock:
             self.version_word[0], self._payload = CLOSED, b""
+            self._is_wiped, self._deadline = True, math.inf
