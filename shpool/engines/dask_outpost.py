@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LEAST_PAUSE = 5.0  # s without a token until the scheduler is asked whether the pool's client is still there
+_LEAST_PAUSE = 2.0  # s without a token until the scheduler is asked whether the pool's client is still there
 _LONGEST_PAUSE = 60.0  # s between two such questions
 _LOOK = 5.0  # s between two looks at a token's time: the next one may end before this one would have
 
