@@ -14,6 +14,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -23,8 +24,7 @@ from urllib.parse import urlsplit
 
 import psutil
 from cluster_fixtures import DaskProcesses
-from patience import until
-from pool_tasks import access_token
+from patience import PATIENCE, until
 from ray_fixture import SecondNode
 
 from shpool import AuthenticatedProcessPool, DaskEngine, OAuthSession, RayEngine, current_session
@@ -55,8 +55,11 @@ class Machines(Protocol):
     def files(self) -> list[Path]:
         """Return the folders it writes to."""
 
-    def holdings(self) -> bytes:
-        """Return, pickled or as text, what it holds of tasks and of what was sent with them."""
+    def holdings(self) -> dict[str, bytes]:
+        """Return, pickled and by place, what it holds of tasks and of what was sent with them."""
+
+    def plant(self, word: str) -> contextlib.AbstractContextManager[object]:
+        """Put a word into each of these places that a pool's tasks and set-up do not reach."""
 
 
 class DaskMachines:
@@ -76,11 +79,27 @@ class DaskMachines:
     def files(self) -> list[Path]:
         return [self._running.folder]
 
-    def holdings(self) -> bytes:
+    def holdings(self) -> dict[str, bytes]:
         from distributed import Client
 
         with Client(self._running.address, set_as_default=False) as client:
-            return pickle.dumps([client.run_on_scheduler(all_of_scheduler), client.run(all_of_worker)])
+            held: dict[str, bytes] = client.run_on_scheduler(held_by_scheduler)
+            for there in client.run(held_by_worker).values():
+                for place, content in there.items():
+                    held[place] = held.get(place, b"") + content
+            return held
+
+    @contextlib.contextmanager
+    def plant(self, word: str) -> Iterator[None]:
+        import dask
+        from distributed import Client
+
+        with Client(self._running.address, set_as_default=False) as client:
+            client.log_event("canary", word)
+            with dask.annotate(note=word):
+                result = client.submit(str.upper, word.lower(), pure=False)
+            assert result.result(PATIENCE) == word
+            yield
 
 
 class RayMachines:
@@ -105,8 +124,11 @@ class RayMachines:
     def files(self) -> list[Path]:
         return [Path(self._node.folder)]
 
-    def holdings(self) -> bytes:
-        return b""  # all that lasts is in the files
+    def holdings(self) -> dict[str, bytes]:
+        return {}  # all that lasts is in the files
+
+    def plant(self, word: str) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext(word)
 
     def close(self) -> None:
         for node in self._others:
@@ -114,23 +136,45 @@ class RayMachines:
         self._node.close()
 
 
-def all_of_scheduler(dask_scheduler: Any) -> list[str]:
-    plugins = [repr(value) for value in dask_scheduler.worker_plugins.values()]
+def held_by_scheduler(dask_scheduler: Any) -> dict[str, bytes]:
+    """Pickle what a scheduler has of tasks: what a repr leaves out is in there, and what cannot be pickled says so."""
     tasks = [
-        repr((task, task.run_spec, vars(task.run_spec) if task.run_spec else "")) for task in _tasks(dask_scheduler)
+        (task.run_spec, task.annotations, task.metadata, task.exception, task.traceback)
+        for task in dask_scheduler.tasks.values()
     ]
-    events = [repr(topic.events) for topic in dask_scheduler._broker._topics.values()]
-    return plugins + tasks + events + [repr(list(dask_scheduler.transition_log))]
+    events = [list(topic.events) for topic in dask_scheduler._broker._topics.values()]
+    history = [list(dask_scheduler.transition_log), list(dask_scheduler.computations), dask_scheduler.get_logs()]
+    return {
+        "scheduler's tasks": _pickled(tasks),
+        "scheduler's plugins": _pickled([dask_scheduler.worker_plugins, dask_scheduler.nanny_plugins]),
+        "scheduler's events": _pickled(events),
+        "scheduler's history": _pickled([history, dask_scheduler.task_metadata]),
+    }
 
 
-def all_of_worker(dask_worker: Any) -> list[str]:
+def held_by_worker(dask_worker: Any) -> dict[str, bytes]:
+    """Pickle what a worker has of tasks."""
     state = dask_worker.state
-    tasks = [repr((task, task.run_spec)) for task in state.tasks.values()]
-    return [*tasks, repr(list(dask_worker.data.items())), repr(list(state.log)), repr(list(dask_worker.logs))]
+    return {
+        "workers' tasks": _pickled([(task, task.run_spec) for task in state.tasks.values()]),
+        "workers' data": _pickled(dict(dask_worker.data)),
+        "workers' history": _pickled([list(state.log), list(state.stimulus_log), dask_worker.get_logs()]),
+    }
 
 
-def _tasks(scheduler: Any) -> list[Any]:
-    return list(scheduler.tasks.values())
+def _pickled(things: object) -> bytes:
+    """Pickle whatever Dask holds, frames that came over the network included."""
+    import io
+
+    import cloudpickle
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
+        def reducer_override(self, thing: Any) -> Any:
+            return (bytes, (bytes(thing),)) if isinstance(thing, memoryview) else super().reducer_override(thing)
+
+    into = io.BytesIO()
+    Pickler(into).dump(things)
+    return into.getvalue()
 
 
 def ask(url: str) -> tuple[int, int]:
@@ -221,37 +265,106 @@ def check_revocation(machines: Machines) -> None:
         assert (server.logins, failed) == (2, 0)
 
 
+def use_and_wait(url: str, folder: str, *_: str) -> int:
+    """Use the token; then wait for a cue, so that somebody can look at a task that runs."""
+    status = current_session().http.get(url).status_code
+    (Path(folder) / f"begun-{os.getpid()}").touch()
+    until((Path(folder) / "cue").exists)
+    return status
+
+
+@contextlib.contextmanager
+def running_tasks(
+    machines: Machines, server: LoopbackServer, word: str = ""
+) -> Iterator[tuple[AuthenticatedProcessPool, list[bytes]]]:
+    """Run a pool's tasks, one on each of two workers and more behind them; yield the pool and the calls it has sent.
+
+    Args:
+        machines: Where.
+        server: What they use the token at.
+        word: Stands in the tasks' arguments and in the workers' environment variables.
+    """
+    sent: list[bytes] = []
+    env = {"PLANTED": word} if word else {}
+    with (
+        tempfile.TemporaryDirectory(prefix="canary-") as folder,
+        AuthenticatedProcessPool(session_of(server), 2, engine=machines.engine, env=env) as pool,
+    ):
+        engine: Any = pool._engine  # a remote engine
+        launch = engine._cluster.launch
+
+        def record(calls: Any) -> None:
+            sent.append(pickle.dumps(list(calls)))
+            launch(calls)
+
+        engine._cluster.launch = record
+        futures = [pool.submit(use_and_wait, server.data_url(n, 1000), folder, word) for n in range(6)]
+        try:
+            until(lambda: len(list(Path(folder).glob("begun-*"))) == 2)
+            yield pool, sent
+        finally:
+            (Path(folder) / "cue").touch()
+        assert {future.result(PATIENCE) for future in futures} == {200}
+
+
+def places(
+    machines: Machines, pool: AuthenticatedProcessPool, sent: list[bytes], processes: list[psutil.Process]
+) -> dict[str, bytes]:
+    """Return all that is searched for canaries, by place."""
+    engine: Any = pool._engine
+    return {
+        "sent tasks": b"".join(sent),
+        "sent set-up": engine._setup,
+        "environments": b"".join(map(_environment, processes)),
+        "files": b"".join(_contents(machines.files())),
+        **machines.holdings(),
+    }
+
+
+def check_sight(machines: Machines) -> None:
+    """What is put into each place is seen there, so that no canary is where the search is blind."""
+    print("words planted for the search to find")
+    by_pool, beside = "PLANTED-BY-THE-POOL-4711", "PLANTED-BESIDE-IT-4712"
+    file = machines.files()[0] / "planted"
+    bystander = subprocess.Popen(["sleep", "600"], env={**os.environ, "PLANTED": beside})
+    try:
+        file.write_text(beside)
+        with (
+            LoopbackServer() as server,
+            machines.plant(beside),
+            running_tasks(machines, server, by_pool) as (pool, sent),
+        ):
+            seen = places(machines, pool, sent, [*machines.processes(), psutil.Process(bystander.pid)])
+    finally:
+        file.unlink(missing_ok=True)
+        bystander.kill()
+        bystander.wait()
+    finds = {word: {place for place in seen if word.encode() in seen[place]} for word in (by_pool, beside)}
+    for word, found in finds.items():
+        print(f"  {word}: {', '.join(sorted(found))}")
+    blind = {place for place in seen if place.endswith(("tasks", "plugins", "set-up"))} - finds[by_pool]
+    blind |= set(seen).difference(*finds.values())
+    assert not blind, f"the search is blind in: {blind}"
+
+
 def check_canaries(machines: Machines) -> None:
-    """Neither secret nor token lies where it must not."""
+    """Neither secret nor token lies where it must not, while tasks run."""
     print("canaries")
     secret = "canary-secret-not-real-0815"
     os.environ["SH_CLIENT_SECRET"] = secret
-    sent: list[bytes] = []
-    with LoopbackServer(client_secret=secret) as server:
-        pool = AuthenticatedProcessPool(session_of(server), 2, engine=machines.engine)
-        with pool:
-            cluster: Any = pool._engine._cluster  # type: ignore[union-attr]  # a remote engine's
-            launch = cluster.launch
-
-            def record(calls: Any) -> None:
-                sent.append(pickle.dumps(list(calls)))
-                launch(calls)
-
-            cluster.launch = record
-            futures = [pool.submit(access_token) for _ in range(20)]
-            tokens = {future.result() for future in futures}
-            futures.clear()
-            sent.append(pool._engine._setup)  # type: ignore[union-attr]  # as above
-            until(lambda: not pool.stats().tasks_pending)
-            holdings = machines.holdings()
-            environments = b"".join(_environment(process) for process in machines.processes())
-            places = {"sent tasks and plugin": b"".join(sent), "environments": environments, "state": holdings}
-            places["files"] = b"".join(_contents(machines.files()))
-    del os.environ["SH_CLIENT_SECRET"]
-    for name, content in places.items():
+    try:
+        with LoopbackServer(client_secret=secret) as server, running_tasks(machines, server) as (pool, sent):
+            tokens = list(server._issuer._issued)
+            assert tokens
+            assert pool.stats().tasks_pending
+            found = places(machines, pool, sent, machines.processes())
+    finally:
+        del os.environ["SH_CLIENT_SECRET"]
+    for place, content in found.items():
         hits = [content.count(word.encode()) for word in (secret, *tokens)]
-        print(f"  {name}: {len(content)} bytes, secret {hits[0]} times, token {sum(hits[1:])} times")
-        assert not any(hits), f"a canary is in the {name}"
+        print(f"  {place}: {len(content)} bytes, secret {hits[0]} times, token {sum(hits[1:])} times")
+        assert content or place == "files", f"there is nothing in the {place}"
+        assert not any(hits), f"a canary is in the {place}"
 
 
 def _environment(process: psutil.Process) -> bytes:
@@ -430,6 +543,7 @@ def main() -> int:
             check_namespaces(options.seconds)
         return 0
     with running_cluster(options.cluster) as machines:
+        check_sight(machines)
         check_canaries(machines)
         check_revocation(machines)
         check_soak(machines, options.seconds)
@@ -438,6 +552,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "relay":
+    if sys.argv[1:2] == ["relay"]:  # a child of ``Namespaces``
         asyncio.run(relay(sys.argv[2], int(sys.argv[3]), sys.argv[4]))
     sys.exit(main())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import stress_cluster
 from cluster_fixtures import DaskProcesses, needs_dask
 from patience import PATIENCE, until
 from pool_tasks import access_token
@@ -160,3 +161,24 @@ def test_a_driver_that_cannot_log_in_for_a_while_keeps_its_outposts(own: DaskPro
         assert not held.access_token
         server.fail_next(0)
         assert pool.submit(access_token).result(2 * PATIENCE)
+
+
+def test_no_canary_lies_on_a_cluster_where_it_would_be_seen(own: DaskProcesses) -> None:
+    """The search finds what is planted in each place that it looks at, while tasks run."""
+    own.add_worker()
+    machines = stress_cluster.DaskMachines(own)
+    stress_cluster.check_sight(machines)
+    stress_cluster.check_canaries(machines)
+
+
+class OneEyed(stress_cluster.DaskMachines):
+    """Shows how many tasks the scheduler has, and none of them."""
+
+    def holdings(self) -> dict[str, bytes]:
+        return {**super().holdings(), "scheduler's tasks": b"[<Call 1>, <Call 2>]"}
+
+
+def test_a_search_for_canaries_that_is_blind_somewhere_fails(own: DaskProcesses) -> None:
+    own.add_worker()
+    with pytest.raises(AssertionError, match=r"blind in: .*scheduler's tasks"):
+        stress_cluster.check_sight(OneEyed(own))
