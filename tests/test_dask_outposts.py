@@ -171,6 +171,12 @@ def test_no_canary_lies_on_a_cluster_where_it_would_be_seen(own: DaskProcesses) 
     stress_cluster.check_canaries(machines)
 
 
+def test_the_stress_asks_which_cluster() -> None:
+    script = Path(stress_cluster.__file__)
+    said = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert (said.returncode, said.stderr.startswith("usage:")) == (2, True)
+
+
 class OneEyed(stress_cluster.DaskMachines):
     """Shows how many tasks the scheduler has, and none of them."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 from typing import TYPE_CHECKING
@@ -45,6 +46,7 @@ class Wires:
         self.asks: list[tuple[str, Ask]] = []
         self.grants: list[Grant] = []
         self.is_cut = False
+        self.is_broken = False
 
     def add(self, name: str) -> LeasedGate:
         """Let a worker join."""
@@ -60,6 +62,9 @@ class Wires:
         return worker
 
     def deliver(self, name: str | None, note: bytes) -> None:
+        if self.is_broken:
+            reason = "the wires are broken"
+            raise OSError(reason)
         self.grants.append(Grant.from_bytes(note))
         for worker in self.workers.values() if name is None else [self.workers[name]]:
             if not self.is_cut:
@@ -290,6 +295,50 @@ def test_who_hears_nothing_of_the_driver_gets_an_error(wired: Callable[..., Wire
     wires.clock.now += LONGEST_SILENCE + 0.1
     with pytest.raises(GateUnreachableError, match="has not answered for 10 s"):
         gate.advance(ticket)
+
+
+def test_a_grant_that_cannot_be_sent_costs_nobody_the_gate(
+    wired: Callable[..., Wires], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither one that nobody has asked for, nor an answer."""
+    wires = wired("10/s")
+    gate = wires.add("a")
+    wires.is_broken = True
+    wires.gate.pause(1.0)
+    wires.clock.now += 0.2  # the office looks whether there are news
+    until(lambda: "cannot be sent to the workers" in caplog.text)
+    ticket = gate.try_acquire()
+    until(lambda: gate.advance(ticket) is not None and "cannot be sent to a" in caplog.text)
+    wires.is_broken = False
+    wires.clock.now += 1.5  # the worker asks again
+    assert moment_of(gate, ticket) >= 1001.0
+
+
+def reached(things: list[int], count: int) -> bool:
+    return len(things) >= count
+
+
+def test_a_round_that_fails_is_told_once_and_is_not_the_last(
+    wired: Callable[..., Wires], caplog: pytest.LogCaptureFixture
+) -> None:
+    wires = wired("10/s", connections=1)
+    gate = wires.add("a")
+    ticket = gate.try_acquire()
+    moment_of(gate, ticket)
+    failed = []
+
+    def fail() -> bool:
+        failed.append(1)
+        raise OSError
+
+    look, wires.gate.has_queue = wires.gate.has_queue, fail  # type: ignore[method-assign]  # as if its memory were gone
+    for count in (1, 2, 3):
+        wires.clock.now += 0.2
+        until(functools.partial(reached, failed, count))
+    wires.gate.has_queue = look  # type: ignore[method-assign]
+    assert caplog.text.count("the gate cannot be looked after") == 1
+    gate.release(ticket)
+    assert moment_of(gate, gate.try_acquire()) is not None
 
 
 def test_who_waits_when_the_pool_ends_gets_an_error(wired: Callable[..., Wires]) -> None:

@@ -78,6 +78,7 @@ class LeaseOffice:
         self._slots: dict[int, _Slot] = {}
         self._next: Ticket | None = None  # waits for a slot for whoever is first
         self._looked = 0.0
+        self._trouble = ""  # of the last round
 
     def start(self) -> None:
         """Begin to answer."""
@@ -106,7 +107,7 @@ class LeaseOffice:
     def _run(self) -> None:
         nap = 0.0
         while self._heed(nap):
-            nap = self._go_round()
+            nap = self._go_on()
         for slot in self._slots.values():
             slot.ticket.release()
         if self._next is not None:
@@ -124,6 +125,17 @@ class LeaseOffice:
                 told = self._inbox.get_nowait()
             return False
         return True
+
+    def _go_on(self) -> float:
+        """Go round, whatever comes of it; without this thread nobody would have leave to send anything."""
+        try:
+            nap, trouble = self._go_round(), ""
+        except Exception as exc:  # border: the gate lies in shared memory, which others can take away
+            nap, trouble = _LOOK, f"{type(exc).__name__}: {exc}"
+            if trouble != self._trouble:  # else the log would fill with it
+                logger.exception("the gate cannot be looked after")
+        self._trouble = trouble
+        return nap
 
     def _go_round(self) -> float:
         """Do what nobody asks for; return the seconds until it is to be done again."""
@@ -196,7 +208,10 @@ class LeaseOffice:
         echo = None if tenant is None else tenant.echo
         held = tuple(lease for lease, slot in self._slots.items() if slot.tenant == name)
         grant = Grant(next(self._serials), self._clock(), echo, terms, moments, slots, held, is_wanted)
-        self._post(name, grant.to_bytes())
+        try:
+            self._post(name, grant.to_bytes())
+        except Exception:  # border: the cluster's own code; a worker that hears nothing asks again
+            logger.exception("a grant of the gate cannot be sent to %s", name or "the workers")
 
     # Slots
 
