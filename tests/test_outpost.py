@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from patience import PATIENCE, in_time
+from patience import PATIENCE, in_time, until
+from pool_tasks import begin_and_wait
 
 from shpool.board import CLOSED
 from shpool.engines.outpost import Outpost, close_outpost, note_home, open_outpost, outpost_of
@@ -27,6 +28,7 @@ from shpool.worker import dump, load, load_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 CANARY = "canary-token-not-real-77"
 
@@ -345,6 +347,22 @@ def test_one_that_is_closed_before_its_first_call_changes_nothing(untouched: log
     with pytest.raises(TokenUnavailableError, match="sharing has ended"):
         there.run(call_of(my_token, pool="late"))
     assert untouched.level == logging.WARNING
+
+
+def test_one_is_closed_while_its_initializer_runs(untouched: logging.Logger, tmp_path: Path) -> None:
+    """Nobody waits for that: least of all the thread in which a cluster's worker answers its scheduler."""
+    paths = str(tmp_path / "begun"), str(tmp_path / "cue")
+    env = {"FORMER": "slow"}
+    there = open_outpost(outpost("slow", initializer=begin_and_wait, initargs=paths, env=env, log_level=logging.DEBUG))
+    thread = threading.Thread(target=there.run, args=[call_of(abs, -1, pool="slow")])
+    thread.start()
+    try:
+        until((tmp_path / "begun").exists)
+        in_time(close_outpost, "slow")
+        assert (os.environ["FORMER"], untouched.level) == ("before", logging.WARNING)
+    finally:
+        (tmp_path / "cue").touch()
+        thread.join()
 
 
 def test_log_records_of_a_call_come_with_its_answer_and_without_the_token() -> None:

@@ -103,12 +103,9 @@ class Outpost:
         if self.gate is not None:
             self.gate.close()
         self.session.forget()
-        with self._lock:
-            self._is_closed = True
-            _traces.remove(self)
-            if self._handler is not None:
-                logging.getLogger().removeHandler(self._handler)
-            self._functions.clear()
+        self._is_closed = True
+        self._clear_up()  # at once, though an initializer may run and hold the lock: a cluster's own thread is here
+        self._functions.clear()
 
     @contextlib.contextmanager
     def _entered(self, records: list[bytes]) -> Iterator[None]:
@@ -130,15 +127,25 @@ class Outpost:
                 raise TokenUnavailableError(reason)
             try:
                 setup: WorkerSetup = load(self._pickled_setup)
-                _traces.add(self, setup.env, setup.log_level)
-                if setup.log_level is not None:
-                    self._handler = _RecordsOfCalls(setup.log_level, self.session)
-                    logging.getLogger().addHandler(self._handler)
+                self._set_up(setup.env, setup.log_level)
                 if setup.initializer is not None:
                     setup.initializer(*setup.initargs)
             except BaseException as exc:  # noqa: BLE001 - border: the initializer is the user's
                 self._unfit = dump_error(exc)
             self._is_begun = True
+
+    def _set_up(self, env: Mapping[str, str], log_level: int | None) -> None:
+        _traces.add(self, env, log_level)
+        if log_level is not None:
+            self._handler = _RecordsOfCalls(log_level, self.session)
+            logging.getLogger().addHandler(self._handler)
+        if self._is_closed:  # meanwhile, perhaps too early to undo all of this
+            self._clear_up()
+
+    def _clear_up(self) -> None:
+        _traces.remove(self)
+        if self._handler is not None:
+            logging.getLogger().removeHandler(self._handler)
 
     def _outcome(self, sealed: Call) -> tuple[bool, bytes]:
         try:
