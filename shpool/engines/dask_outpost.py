@@ -5,8 +5,8 @@ one by an event, and the client brings it by ``Client.run``, which is stored now
 Events do stay in the scheduler's memory: there is nothing in them but numbers and addresses.
 
 A driver that was killed has removed nothing. Outposts serve its token to the end; then each has the scheduler look
-whether the pool's client is still there, and if it is not, remove plugin and topic, which closes the outposts. So no
-pause of a driver that lives, however long, costs it its outposts.
+whether the pool's client is still connected, and if it is not, remove plugin and topic, which closes the outposts. A
+driver that is silent, as its provider is down or it was stopped, keeps them.
 """
 
 from __future__ import annotations
