@@ -34,6 +34,8 @@ from shpool.errors import (
 from shpool.tokens import SYSTEM_CLOCK, Posting, boot_time, token_from_response
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from typing_extensions import Self
 
     from shpool.engines.ray_local import LocalRay
@@ -167,6 +169,90 @@ def test_what_is_pending_is_done_before_the_interpreter_ends(ray_engine: RayEngi
         child_env,
     )
     assert (run.returncode, run.stdout) == (0, "ended with None\n")
+
+
+# A Ray whose head does not answer
+
+
+@pytest.fixture
+def lone_ray(ray_node: LocalRay) -> Iterator[LocalRay]:
+    """Run another Ray, of the test's alone."""
+    node = type(ray_node)(1)
+    yield node
+    node.close(is_answering=False)
+    until(lambda: not processes_in_session(node.pid))
+
+
+def pid_of_head(node: LocalRay) -> int:
+    (head,) = [each for each in processes_in_session(node.pid) if psutil.Process(each).name() == "gcs_server"]
+    return head
+
+
+def test_a_head_that_answers_no_more_ends_the_pool(lone_ray: LocalRay, child_env: dict[str, str]) -> None:
+    """Ray itself would wait for it, at the end of the process too."""
+    run = run_script(
+        f"""
+        with AuthenticatedProcessPool(session, engine=RayEngine("{lone_ray.address}")) as pool:
+            task = pool.submit(time.sleep, 600)
+            os.kill({pid_of_head(lone_ray)}, 19)
+            print(repr(task.exception({PATIENCE})))
+        print("left")""",
+        child_env,
+    )
+    assert "ClusterUnreachableError" in run.stdout, run.stderr
+    assert "its head, the GCS, has not answered for 10 s" in run.stdout
+    assert (run.stdout.splitlines()[-1], run.returncode) == ("left", 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_pool_can_be_left_when_the_head_does_not_answer(
+    lone_ray: LocalRay, child_env: dict[str, str], number: signal.Signals
+) -> None:
+    run = run_script(
+        f"""
+        import signal
+        try:
+            with AuthenticatedProcessPool(session, engine=RayEngine("{lone_ray.address}")) as pool:
+                print(pool.submit(abs, -1).result({PATIENCE}))
+                os.kill({pid_of_head(lone_ray)}, {int(number)})
+                signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            print("left")""",
+        child_env,
+    )
+    assert (run.stdout.splitlines(), run.returncode, run.stderr) == (["1", "left"], 0, "")
+
+
+def test_a_head_that_does_not_answer_opens_no_pool(lone_ray: LocalRay, child_env: dict[str, str]) -> None:
+    run = run_script(
+        f"""
+        import ray
+        ray.init("{lone_ray.address}", log_to_driver=False, configure_logging=False)
+        os.kill({pid_of_head(lone_ray)}, 19)
+        try: AuthenticatedProcessPool(session, engine="ray").__enter__()
+        except ClusterUnreachableError as exc: print(exc, server.logins, flush=True)
+        os._exit(0)""",
+        child_env,
+    )
+    assert "has not answered in 9 s" in run.stdout, run.stderr
+    assert run.stdout.endswith(" 0\n")
+
+
+def test_a_ray_of_our_own_whose_head_is_stopped_is_ended(child_env: dict[str, str]) -> None:
+    run = run_script(
+        """
+        from shpool.engines.ray_link import LINK
+        with AuthenticatedProcessPool(session, 1, engine="ray") as pool:
+            pool.submit(abs, -1).result()
+            folder, pid = LINK._local.folder, LINK._local.pid
+            [head] = [each for each in psutil.Process(pid).children(recursive=True) if each.name() == "gcs_server"]
+            head.suspend()
+        print(os.path.exists(folder), psutil.pid_exists(pid))
+        with AuthenticatedProcessPool(session, 1, engine="ray") as pool:
+            print(pool.submit(abs, -2).result())""",
+        child_env,
+    )
+    assert (run.stdout.splitlines(), run.returncode) == (["False False", "2"], 0), run.stderr
 
 
 # A Ray of our own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import logging
 import os
 import pickle
@@ -16,9 +17,10 @@ from ray import exceptions
 
 from shpool.engines.cluster import Lost
 from shpool.engines.ray_answers import Answers
+from shpool.engines.ray_head import Errand, Watch
 from shpool.engines.ray_keeper import NAMESPACE, Keeper, keeper_name, run_call
 from shpool.engines.ray_link import LINK
-from shpool.errors import ClusterError, SHUserWarning, TokenTooLargeError
+from shpool.errors import ClusterError, ClusterUnreachableError, SHUserWarning, TokenTooLargeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,6 +35,9 @@ logger = logging.getLogger(__name__)
 _LARGEST_PARCEL = 64 * 1024  # bytes of a posting: a board's limit, and below the 100 kB from which Ray stores objects
 _MOST_POLLS = 100_000  # questions that may wait at the keeper at once, one from each worker process and one of ours
 _LONGEST_FAREWELL = 5.0  # s that the keeper gets to send the outposts home
+_SHORT_FAREWELL = 1.0  # s that it gets where the cluster's head does not answer
+_LONGEST_OPENING = 9.0  # s to send for the keeper; a tenth is usual
+_SILENCE = f"it has not answered in {_LONGEST_OPENING:.0f} s"
 _PAUSE = 0.2  # s before a keeper that does not answer is asked again
 _LOOK = 1.0  # s between two looks whether this process is connected
 _LOSSES = (
@@ -63,7 +68,7 @@ class RayCluster:
         self._workers = workers
         self._max_calls = max_calls or 0  # Ray's word for no limit
         self._blanked = blanked
-        self._capacity = 0
+        self._watch = Watch(engine.num_cpus)
         self._is_linked = False
         self._is_closing = threading.Event()
         self._listener = threading.Thread(target=self._listen, name="shpool-ray", daemon=True)
@@ -80,18 +85,20 @@ class RayCluster:
             ClusterError: There is no cluster, or it cannot be reached within 10 s.
         """
         LINK.take(self._engine.address, self._workers, self._blanked)
+        settling = Errand("shpool-ray-open", functools.partial(self._settle, pool, setup, events))
         try:
-            self._settle(pool, setup, events)
+            _wait_for(settling, self._engine.address or "ray")
         except BaseException:
-            LINK.give_back()
+            LINK.give_back(is_answering=not settling.is_alive())
             raise
         self._is_linked = True
         self._answers.start()
         self._listener.start()
+        self._watch.start(events.changed, events.failed)
 
     def _settle(self, pool: str, setup: bytes, events: Events) -> None:
         self._setup, self._events = setup, events
-        self._look_at_capacity()
+        self._watch.look()
         _warn_of_eavesdroppers(ray.nodes())
         keeper = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=_MOST_POLLS)(Keeper)
         self._keeper = keeper.options(name=keeper_name(pool), namespace=NAMESPACE).remote()
@@ -101,7 +108,7 @@ class RayCluster:
     @property
     def capacity(self) -> int:
         """How many calls can run at once, as of a few seconds ago."""
-        return self._capacity
+        return self._watch.capacity
 
     def launch(self, calls: Sequence[Call]) -> None:
         """Send calls to run."""
@@ -154,20 +161,22 @@ class RayCluster:
         self._is_closing.set()
         with self._lock:
             self._parcel = None
+        is_answering = self._watch.close()
+        seconds = _LONGEST_FAREWELL if is_answering else _SHORT_FAREWELL
         try:
-            self._answers.close(_LONGEST_FAREWELL)
-            self._end_keeper()
+            self._answers.close(seconds)
+            self._end_keeper(seconds)
         finally:
-            LINK.give_back()
+            LINK.give_back(is_answering=is_answering)
 
-    def _end_keeper(self) -> None:
+    def _end_keeper(self, seconds: float) -> None:
         if ray.is_initialized():
             try:
-                ray.get(self._keeper.close.remote(), timeout=_LONGEST_FAREWELL)
+                ray.get(self._keeper.close.remote(), timeout=seconds)
             except exceptions.RayError as exc:
                 logger.warning("workers on Ray may not have wiped their tokens: %s", exc)
-            self._listener.join(_LONGEST_FAREWELL)  # its question has been answered
-            ray.kill(self._keeper)
+            self._listener.join(seconds)  # its question has been answered, or it asks no more
+            Errand("shpool-ray-kill", functools.partial(ray.kill, self._keeper)).has_ended(seconds)
         del self._keeper  # an actor's handle that outlives the connection keeps a socket open for good
 
     # What follows runs in threads of Ray's, of the answers', and in the listener's.
@@ -201,7 +210,7 @@ class RayCluster:
     def _talk_while_it_answers(self) -> Exception | None:
         """Return why the keeper does not answer; None if the pool is closing."""
         try:
-            self._begin_keeper(_answer_to(self._keeper.begin.remote(self._setup)))
+            self._begin_keeper(self._answer_to(self._keeper.begin.remote(self._setup)))
             self._pass_on_news()
         except (exceptions.RayError, ClusterError) as exc:
             return exc
@@ -216,30 +225,28 @@ class RayCluster:
     def _pass_on_news(self) -> None:
         seen = 0
         while not self._is_closing.is_set():
-            for news in _answer_to(self._keeper.news.remote(seen)):
+            for news in self._answer_to(self._keeper.news.remote(seen)):
                 seen = news.serial
                 getattr(self._events, news.kind)(*news.values)
-            self._look_at_capacity()
 
-    def _look_at_capacity(self) -> None:
-        capacity = int(ray.cluster_resources().get("CPU", 0.0) / self._engine.num_cpus)
-        if capacity != self._capacity:
-            self._capacity = capacity
-            self._events.changed()
+    def _answer_to(self, question: Any) -> Any:  # noqa: ANN401 - an actor's methods return anything
+        """Wait for an actor's answer; ``ray.get`` would wait for ever once another thread has called ``ray.shutdown``.
+
+        Raises:
+            ClusterError: One has, or the pool is closing.
+            RayError: The actor does not answer.
+        """
+        future = question.future()
+        while not concurrent.futures.wait([future], _LOOK).done:
+            if not ray.is_initialized() or self._is_closing.is_set():
+                raise _disconnected()
+        return future.result()
 
 
-def _answer_to(question: Any) -> Any:  # noqa: ANN401 - an actor's methods return anything
-    """Wait for an actor's answer; ``ray.get`` would wait for ever once another thread has called ``ray.shutdown``.
-
-    Raises:
-        ClusterError: One has.
-        RayError: The actor does not answer.
-    """
-    future = question.future()
-    while not concurrent.futures.wait([future], _LOOK).done:
-        if not ray.is_initialized():
-            raise _disconnected()
-    return future.result()
+def _wait_for(settling: Errand, where: str) -> None:
+    if not settling.has_ended(_LONGEST_OPENING):
+        raise ClusterUnreachableError(where, _SILENCE)
+    settling.outcome.result()
 
 
 def _disconnected() -> ClusterError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from shpool.engines.ray_head import Errand, let_go_of_head
 from shpool.engines.ray_local import INNER, LocalRay
 from shpool.errors import ClusterError, ClusterUnreachableError
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
 _LONGEST_KNOCK = 3.0  # s until a host counts as unreachable; ray.init() itself tries for more than a minute
 _LONGEST_CONNECT = 9.0  # s; a tenth is usual, and DESIGN's limit for an unreachable cluster is 10
+_LONGEST_LEAVE = 10.0  # s that ray.shutdown() gets; it wants up to 6 where a process of the cluster is gone
+_FIRST_LEAVE = 0.5  # s that one gets whose end is not worth waiting for
 _SILENCE = (
     f"it has not answered in {_LONGEST_CONNECT:.0f} s, nor does it where RAY_AUTH_MODE=token is wanted and not set"
 )
@@ -35,6 +40,7 @@ class Link:
         self._is_ours = False
         self._local: LocalRay | None = None
         self._former_auth: str | None = None
+        self._leaving: Errand | None = None  # ray.shutdown() of a cluster that did not answer
 
     def take(self, address: str | None, workers: int | None, blanked: Callable[[], Sequence[str]]) -> None:
         """Connect, unless this process is; count one more user.
@@ -56,14 +62,19 @@ class Link:
                 self._is_ours = True
             self._users += 1
 
-    def give_back(self) -> None:
-        """Disconnect if it was the last pool's, and the pools' own connection."""
+    def give_back(self, *, is_answering: bool = True) -> None:
+        """Disconnect if it was the last pool's, and the pools' own connection.
+
+        Args:
+            is_answering: The cluster's head answers; else its farewell is not waited for.
+        """
         with self._lock:
             self._users -= 1
             if not self._users and self._is_ours:
-                self._disconnect()
+                self._disconnect(is_answering=is_answering)
 
     def _connect(self, address: str | None, workers: int | None, blanked: Callable[[], Sequence[str]]) -> None:
+        self._await_former_end(address)
         self._former_auth = os.environ.get(_AUTH_VARIABLE)
         address = address or os.environ.get("RAY_ADDRESS")
         try:
@@ -78,15 +89,34 @@ class Link:
             self._disconnect()
             raise
 
-    def _disconnect(self) -> None:
+    def _await_former_end(self, address: str | None) -> None:
+        if self._leaving is not None:
+            self._leaving.join(_LONGEST_CONNECT)
+            if self._leaving.is_alive():
+                reason = "this process has not left one yet that did not answer"
+                raise ClusterUnreachableError(address or "ray", reason)
+            self._leaving = None
+
+    def _disconnect(self, *, is_answering: bool = True) -> None:
         self._is_ours = False
         if ray.is_initialized():
-            ray.shutdown()
+            is_answering = self._leave(is_answering=is_answering) and is_answering
         if self._local is not None:
-            self._local.close()
+            self._local.close(is_answering=is_answering)
             self._local = None
         if self._former_auth is None:
             os.environ.pop(_AUTH_VARIABLE, None)
+
+    def _leave(self, *, is_answering: bool) -> bool:
+        """Call ``ray.shutdown``; tell whether it has ended in time."""
+        if not is_answering:
+            let_go_of_head()
+        leaving = Errand("shpool-ray-leave", ray.shutdown)
+        if leaving.has_ended(_LONGEST_LEAVE if is_answering else _FIRST_LEAVE):
+            return True
+        self._leaving = leaving
+        atexit.register(leaving.join, _LONGEST_LEAVE)  # before Ray's own, which would do the same at the same time
+        return False
 
 
 def _refuse_another(address: str | None) -> None:
@@ -122,22 +152,15 @@ def _init_in_time(where: str, **options: Any) -> None:  # noqa: ANN401 - as ray.
         ClusterUnreachableError: It has not connected in time.
         ClusterError: It has failed.
     """
-    errors: list[BaseException] = []
-
-    def connect() -> None:
-        try:
-            ray.init(log_to_driver=False, configure_logging=False, **options)
-        except BaseException as exc:  # noqa: BLE001 - raised below
-            errors.append(exc)
-
-    thread = threading.Thread(target=connect, name="shpool-connect", daemon=True)
+    connecting = Errand(
+        "shpool-connect", functools.partial(ray.init, log_to_driver=False, configure_logging=False, **options)
+    )
     with _quiet():
-        thread.start()
-        thread.join(_LONGEST_CONNECT)
-    if thread.is_alive():
-        raise ClusterUnreachableError(where, _SILENCE)
-    if errors:
-        raise ClusterError(where, f"{type(errors[0]).__name__}: {errors[0]}") from errors[0]
+        if not connecting.has_ended(_LONGEST_CONNECT):
+            raise ClusterUnreachableError(where, _SILENCE)
+    error = connecting.outcome.exception()
+    if error is not None:
+        raise ClusterError(where, f"{type(error).__name__}: {error}") from error
 
 
 @contextlib.contextmanager

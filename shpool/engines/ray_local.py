@@ -11,6 +11,7 @@ import contextlib
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -74,19 +75,29 @@ class LocalRay:
         ready, _, _ = select.select([self._process.stdout], [], [], _LONGEST_START)
         return self._process.stdout.readline().decode().strip() if ready else ""
 
-    def close(self) -> None:
-        """End Ray and remove what it has written; harmless when repeated."""
+    def close(self, *, is_answering: bool = True) -> None:
+        """End Ray and remove what it has written; harmless when repeated.
+
+        Args:
+            is_answering: Its head answers; else it is killed, as it would take too long to end.
+        """
         if self._process.stdin is None or self._process.stdin.closed:
             return
         self._process.stdin.close()
+        if not is_answering:
+            self._kill()
         try:
             self._process.wait(_LONGEST_END)
         except subprocess.TimeoutExpired:
-            self._process.kill()  # Ray's processes end with the one that started them
+            self._kill()
             self._process.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _kill(self) -> None:
+        """Kill all that Ray has started; workers, which have groups of their own, end with those."""
+        os.killpg(self.pid, signal.SIGKILL)
 
 
 def main(folder: str, cpus: str) -> None:
