@@ -107,3 +107,23 @@ def test_an_address_without_a_cluster_is_bad_usage(shell: Shell, server: Loopbac
     done = shell.run("run", "--address", "tcp://127.0.0.1:9", "tiles.py:fetch", "tiles.jsonl", *login)
     assert done.returncode == 2
     assert "--address goes with --engine dask or --engine ray" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "address", "error", "hint"),
+    [
+        ("dask", "nonsense", "'nonsense' is no address of a Dask scheduler", "tcp://host:8786"),
+        ("dask", "htp://x:1", "'htp://x:1' is no address of a Dask scheduler", "tcp://host:8786"),
+        ("dask", "", "'' is no address of a Dask scheduler", "tcp://host:8786"),
+        ("ray", "tcp://127.0.0.1:6379", "'tcp://127.0.0.1:6379' is no address of a Ray", "host:port"),
+        ("ray", "ray://127.0.0.1:10001", "is an address of Ray Client", "run this on a node"),
+    ],
+)
+def test_what_is_no_address_is_bad_usage(shell: Shell, kind: str, address: str, error: str, hint: str) -> None:
+    done = shell.run("run", "--engine", kind, "--address", address, "tiles.py:fetch", "tiles.jsonl")
+    assert done.returncode == 2
+    told, advice = done.stderr.splitlines()
+    assert told.startswith("error: --address: ")
+    assert error in told
+    assert advice.startswith("hint: ")
+    assert hint in advice

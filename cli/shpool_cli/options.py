@@ -151,6 +151,7 @@ def engine_of(name: EngineName, address: str | None) -> str | EngineDescription:
 
     Raises:
         typer.BadParameter: There is an address, and no cluster that could have it.
+        CommandError: It is no address of such a cluster.
     """
     if address is None:
         return name.value
@@ -159,7 +160,12 @@ def engine_of(name: EngineName, address: str | None) -> str | EngineDescription:
         raise typer.BadParameter(msg)
     from shpool import DaskEngine, RayEngine
 
-    return DaskEngine(address) if name is EngineName.DASK else RayEngine(address)
+    try:
+        return DaskEngine(address) if name is EngineName.DASK else RayEngine(address)
+    except ValueError as exc:
+        error, _, hint = str(exc).partition("; ")
+        msg = f"--address: {error}"
+        raise CommandError(msg, hint) from None
 
 
 EngineOption = Annotated[

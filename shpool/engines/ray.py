@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from shpool.engines.base import Engine
     from shpool.engines.setup import WorkerSetup
     from shpool.gate import Gate
+
+_ADDRESS = re.compile(r"[^\s/]+:[0-9]{1,5}")
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,9 @@ class RayEngine:
         num_cpus: Processors a task takes, as Ray counts them.
 
     Raises:
-        ValueError: ``num_cpus`` is not more than 0, or the address is one of Ray Client, which starts with ``ray://``.
+        TypeError: ``num_cpus`` is no number, or the address no text.
+        ValueError: ``num_cpus`` is not more than 0, or the address is of another form, such as one of Ray Client, which
+            starts with ``ray://``.
     """
 
     address: str | None = None
@@ -34,14 +40,19 @@ class RayEngine:
     name: ClassVar[str] = "ray"
 
     def __post_init__(self) -> None:
-        if not self.num_cpus > 0:
-            msg = f"num_cpus must be more than 0, not {self.num_cpus!r}"
+        address: object = self.address
+        number: object = self.num_cpus
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            msg = f"num_cpus must be a number of processors, such as 1 or 0.5, not {number!r}"
+            raise TypeError(msg)
+        if not 0 < number < math.inf:
+            msg = f"num_cpus must be more than 0, not {number!r}"
             raise ValueError(msg)
-        if self.address is not None and self.address.startswith("ray://"):
-            msg = (
-                f"{self.address} is an address of Ray Client; run this on a node of the cluster, or by: ray job submit"
-            )
-            raise ValueError(msg)
+        if isinstance(address, str):
+            check_ray_address(address)
+        elif address is not None:
+            msg = f"the address must be text, such as '10.0.0.5:6379' or 'auto', or None, not {address!r}"
+            raise TypeError(msg)
 
     def build(
         self,
@@ -72,3 +83,17 @@ class RayEngine:
         from shpool.engines.remote import RemoteEngine
 
         return RemoteEngine(RayCluster(self, workers, setup.max_tasks, blanked), setup, workers, gate)
+
+
+def check_ray_address(address: str) -> None:
+    """Refuse what is no address of a cluster's head.
+
+    Raises:
+        ValueError: It is not; what is one is said after a semicolon.
+    """
+    if address.startswith("ray://"):
+        msg = f"{address} is an address of Ray Client; run this on a node of the cluster, or by: ray job submit"
+        raise ValueError(msg)
+    if address != "auto" and not _ADDRESS.fullmatch(address):
+        msg = f"{address!r} is no address of a Ray; give host:port as of its head, such as 10.0.0.5:6379, or auto"
+        raise ValueError(msg)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from shpool.engines.ray import check_ray_address
 from shpool.engines.ray_head import Errand, let_go_of_head
 from shpool.engines.ray_local import INNER, LocalRay
 from shpool.errors import ClusterError, ClusterUnreachableError
@@ -130,13 +131,15 @@ def _knock(address: str) -> None:
 
     Raises:
         ClusterUnreachableError: Nobody does.
+        ClusterError: It is no address.
     """
-    host, port = address.rpartition(":")[0].strip("[]"), _port(address)
-    if not host or port is None:
-        raise ClusterError(address, "an address is host:port, or auto")
     try:
-        socket.create_connection((host, port), _LONGEST_KNOCK).close()
-    except OSError as exc:
+        check_ray_address(address)  # RAY_ADDRESS has not been looked at yet
+    except ValueError as exc:
+        raise ClusterError(address, str(exc)) from None
+    try:
+        socket.create_connection((address.rpartition(":")[0].strip("[]"), _port(address) or 0), _LONGEST_KNOCK).close()
+    except (OSError, OverflowError) as exc:  # the latter for a port that there is not
         raise ClusterUnreachableError(address, f"{type(exc).__name__}: {exc}") from exc
 
 
