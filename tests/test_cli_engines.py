@@ -127,3 +127,13 @@ def test_what_is_no_address_is_bad_usage(shell: Shell, kind: str, address: str, 
     assert error in told
     assert advice.startswith("hint: ")
     assert hint in advice
+
+
+@pytest.mark.parametrize(
+    ("option", "known"), [("--engine", "'loky', 'dask', 'ray'"), ("--format", "'jsonl', 'csv', 'text'")]
+)
+def test_a_word_that_is_not_known_is_answered_with_those_that_are(shell: Shell, option: str, known: str) -> None:
+    done = shell.run("run", option, "dsk", "tiles.py:fetch", "tiles.jsonl")
+    assert done.returncode == 2
+    told = done.stderr.splitlines()[0]
+    assert told == f"error: Invalid value for '{option}': 'dsk' is not one of {known}."

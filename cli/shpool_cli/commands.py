@@ -113,7 +113,8 @@ def _speak_plainly() -> None:
 def _report_usage(error: Exception) -> ExitCode:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "shpool"
-    say(f"error: {error.format_message()}")  # type: ignore[attr-defined]  # every click exception has it
+    text = error.format_message()  # type: ignore[attr-defined]  # every click exception has it
+    say("error: " + text.replace(": Value error, ", ": ", 1))  # typer's word for a value that is none of an enum's
     say(f"hint: {path} --help lists what there is")
     return ExitCode.USAGE
 
