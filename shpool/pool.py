@@ -457,7 +457,7 @@ def _described_engine(engine: object) -> EngineDescription | None:
         return DaskEngine()
     if is_dask_client(engine):
         return DaskEngine(engine)
-    if not callable(getattr(engine, "build", None)):
+    if isinstance(engine, type) or not callable(getattr(engine, "build", None)):
         msg = f"engine must be a name, a DaskEngine, a RayEngine or a distributed.Client, not {engine!r}"
         raise TypeError(msg)
     return cast("EngineDescription", engine)

@@ -58,6 +58,12 @@ def test_processors_of_ray_are_a_number_above_0() -> None:
             RayEngine(num_cpus=number)
 
 
+@pytest.mark.parametrize("engine", [DaskEngine, RayEngine])
+def test_a_class_is_no_engine(engine: Any) -> None:
+    with pytest.raises(TypeError, match="engine must be a name, a DaskEngine, a RayEngine"):
+        AuthenticatedProcessPool(OAuthSession("http://127.0.0.1:1", "name", "invented"), engine=engine)
+
+
 @pytest.mark.parametrize("address", ["auto", "10.0.0.5:6379", "head.example:6379", "[::1]:6379", None])
 def test_the_addresses_of_ray_pass(address: str | None) -> None:
     assert RayEngine(address, 0.5).address == address
