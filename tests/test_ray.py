@@ -223,6 +223,20 @@ def test_a_pool_can_be_left_when_the_head_does_not_answer(
     assert (run.stdout.splitlines(), run.returncode, run.stderr) == (["1", "left"], 0, "")
 
 
+def test_a_first_task_does_not_wait_for_the_head_for_ever(lone_ray: LocalRay, child_env: dict[str, str]) -> None:
+    """With it Ray brings the function there."""
+    run = run_script(
+        f"""
+        with AuthenticatedProcessPool(session, engine=RayEngine("{lone_ray.address}")) as pool:
+            os.kill({pid_of_head(lone_ray)}, 19)
+            print(repr(pool.submit(abs, -1).exception({PATIENCE})))
+        print("left")""",
+        child_env,
+    )
+    assert "ClusterUnreachableError" in run.stdout, run.stderr
+    assert (run.stdout.splitlines()[-1], run.returncode) == ("left", 0)
+
+
 def test_a_head_that_does_not_answer_opens_no_pool(lone_ray: LocalRay, child_env: dict[str, str]) -> None:
     run = run_script(
         f"""
@@ -290,6 +304,23 @@ def test_a_ray_of_our_own_ends_with_a_killed_parent(child_env: dict[str, str]) -
     )
     folder, session = run.stdout.split()
     until(lambda: not processes_in_session(int(session)))
+    assert not Path(folder).exists()
+
+
+def test_a_ray_of_our_own_whose_head_is_stopped_ends_with_a_killed_parent(child_env: dict[str, str]) -> None:
+    run = run_script(
+        """
+        from shpool.engines.ray_link import LINK
+        pool = AuthenticatedProcessPool(session, 1, engine="ray").__enter__()
+        pid = LINK._local.pid
+        [head] = [each for each in psutil.Process(pid).children(recursive=True) if each.name() == "gcs_server"]
+        head.suspend()
+        print(LINK._local.folder, pid, flush=True)
+        os.kill(os.getpid(), 9)""",
+        child_env,
+    )
+    folder, session = run.stdout.split()
+    until(lambda: not processes_in_session(int(session)), 2 * PATIENCE)
     assert not Path(folder).exists()
 
 

@@ -36,7 +36,7 @@ _LARGEST_PARCEL = 64 * 1024  # bytes of a posting: a board's limit, and below th
 _MOST_POLLS = 100_000  # questions that may wait at the keeper at once, one from each worker process and one of ours
 _LONGEST_FAREWELL = 5.0  # s that the keeper gets to send the outposts home
 _SHORT_FAREWELL = 1.0  # s that it gets where the cluster's head does not answer
-_LONGEST_OPENING = 9.0  # s to send for the keeper; a tenth is usual
+_LONGEST_OPENING = 9.0  # s to send for the keeper, or for the first call; a tenth is usual
 _SILENCE = f"it has not answered in {_LONGEST_OPENING:.0f} s"
 _PAUSE = 0.2  # s before a keeper that does not answer is asked again
 _LOOK = 1.0  # s between two looks whether this process is connected
@@ -70,6 +70,7 @@ class RayCluster:
         self._blanked = blanked
         self._watch = Watch(engine.num_cpus)
         self._is_linked = False
+        self._has_launched = False
         self._is_closing = threading.Event()
         self._listener = threading.Thread(target=self._listen, name="shpool-ray", daemon=True)
         self._answers = Answers(self._take_end)
@@ -87,7 +88,7 @@ class RayCluster:
         LINK.take(self._engine.address, self._workers, self._blanked)
         settling = Errand("shpool-ray-open", functools.partial(self._settle, pool, setup, events))
         try:
-            _wait_for(settling, self._engine.address or "ray")
+            _outcome_of(settling, self._engine.address or "ray")
         except BaseException:
             LINK.give_back(is_answering=not settling.is_alive())
             raise
@@ -115,11 +116,20 @@ class RayCluster:
         if not ray.is_initialized():  # else Ray would start a cluster of its own, unasked
             self._events.failed(_disconnected())
             return
-        # Bytes, as all else goes through a pickler in Python.
-        numbers = {self._run.remote(pickle.dumps(call, protocol=5)): call.number for call in calls}
+        if not self._has_launched:
+            # With its first call a function goes to the head, and Ray would wait for that without end.
+            launching = Errand("shpool-ray-launch", functools.partial(self._remote, calls))
+            numbers = _outcome_of(launching, self._engine.address or "ray")
+            self._has_launched = True
+        else:
+            numbers = self._remote(calls)
         with self._lock:
             self._refs.update((number, ref) for ref, number in numbers.items())
         self._answers.expect(numbers)
+
+    def _remote(self, calls: Sequence[Call]) -> dict[Any, int]:
+        # Bytes, as all else goes through a pickler in Python.
+        return {self._run.remote(pickle.dumps(call, protocol=5)): call.number for call in calls}
 
     def cancel(self, numbers: Sequence[int]) -> None:
         """Drop calls, and stop those that run."""
@@ -243,10 +253,10 @@ class RayCluster:
         return future.result()
 
 
-def _wait_for(settling: Errand, where: str) -> None:
-    if not settling.has_ended(_LONGEST_OPENING):
+def _outcome_of(errand: Errand, where: str) -> Any:  # noqa: ANN401 - whatever the errand is
+    if not errand.has_ended(_LONGEST_OPENING):
         raise ClusterUnreachableError(where, _SILENCE)
-    settling.outcome.result()
+    return errand.outcome.result()
 
 
 def _disconnected() -> ClusterError:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from shpool.engines.ray_head import Errand
 from shpool.errors import ClusterError
 
 if TYPE_CHECKING:
@@ -119,8 +120,10 @@ def main(folder: str, cpus: str) -> None:
         sys.stdout.write(address + "\n")
         sys.stdout.flush()
     sys.stdin.read()
-    ray.shutdown()
+    has_ended = Errand("shpool-ray-leave", ray.shutdown).has_ended(_LONGEST_END)
     shutil.rmtree(folder, ignore_errors=True)
+    if not has_ended:  # it waits for a process that is stopped
+        os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":
