@@ -136,9 +136,12 @@ class _Gone:
 
 def _is_answering(seconds: float) -> bool:
     """Ask whether there is a key that there is not; of all that Ray can be asked, this takes a deadline."""
+    ask = getattr(getattr(_worker(), "gcs_client", None), "internal_kv_exists", None)
+    if ask is None:  # ray.shutdown() was called, or this Ray cannot be asked: no reason to call it silent
+        return bool(ray.is_initialized())
     try:
-        _worker().gcs_client.internal_kv_exists(b"shpool", b"shpool", timeout=seconds)
-    except Exception:  # noqa: BLE001 - border: Ray's own error, or none of its client after ray.shutdown()
+        ask(b"shpool", b"shpool", timeout=seconds)
+    except Exception:  # noqa: BLE001 - border: Ray's own errors
         return False
     return True
 
