@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from shpool.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from shpool.config import SHConfig
     from shpool.downloads import DownloadItem, DownloadResult, download
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     from shpool.session import OAuthSession, SentinelHubSession
     from shpool.shared import SharedSession, collect_shared_session, current_session
     from shpool.sharing import SessionSharing, SessionSharingThread
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AuthenticatedProcessPool",

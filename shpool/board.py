@@ -300,10 +300,6 @@ class BoardHandle:
         self._descriptor = descriptor
         self._name = name
 
-    def keep_from_others(self) -> None:
-        """Undo what spawning did to the descriptor: no other child process shall inherit it."""
-        os.set_inheritable(self._descriptor, False)
-
     def __reduce__(self) -> tuple[Callable[..., BoardReader], tuple[object, ...]]:
         from multiprocessing.reduction import DupFd  # here: the login need not wait for it
 

@@ -9,10 +9,17 @@ from __future__ import annotations
 
 import logging
 import math
+import resource
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from shpool.processors import processor_count
+
 F = TypeVar("F")
+
+_MOST_WORKERS = 4096  # no machine has so many processors, and what is beyond is a slip of the keyboard
+_FILES_PER_WORKER = 3  # that this process has open: one for each of its lifeline, its end and its start
+_OTHER_FILES = 40  # of the process itself and its libraries: 19 were counted
 
 
 def checked_workers(max_workers: int | None, *, is_local: bool) -> int | None:
@@ -20,16 +27,27 @@ def checked_workers(max_workers: int | None, *, is_local: bool) -> int | None:
     if max_workers is None and not is_local:
         return None
     if max_workers is None:
-        from loky import cpu_count
-
-        return int(cpu_count())
+        return min(processor_count(), room_for_workers()[0])
     if isinstance(max_workers, bool) or not isinstance(max_workers, int):
         msg = f"max_workers must be an integer or None, not {type(max_workers).__name__}"
         raise TypeError(msg)
     if max_workers < 1:
         msg = f"max_workers must be at least 1, not {max_workers}"
         raise ValueError(msg)
+    most, hint = room_for_workers()
+    if is_local and max_workers > most:
+        msg = f"max_workers is {max_workers}, more than one machine has room for; {hint}"
+        raise ValueError(msg)
     return max_workers
+
+
+def room_for_workers() -> tuple[int, str]:
+    """Return how many workers this process may have on its machine, and what to do about more, in words."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = _MOST_WORKERS if files == resource.RLIM_INFINITY else (files - _OTHER_FILES) // _FILES_PER_WORKER
+    if room >= _MOST_WORKERS:
+        return _MOST_WORKERS, f"give at most {_MOST_WORKERS}"
+    return max(room, 1), f"give at most {max(room, 1)}, or raise the limit of open files (ulimit -n)"
 
 
 def checked_retries(retries: int) -> int:

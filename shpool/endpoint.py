@@ -29,10 +29,12 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote, quote_plus, urlsplit
 
 from shpool.errors import LoginError, LoginRefusedError, TokenResponseError
+from shpool.importing import import_each
 from shpool.origins import host_of, is_loopback_host, is_secure_url
 from shpool.redaction import MASK, Secret, quiet_transport
 from shpool.retry import is_temporary_status, parse_retry_after
 from shpool.tokens import Clock, Instant, Token, token_from_response
+from shpool.version import __version__
 
 if TYPE_CHECKING:
     import requests
@@ -47,18 +49,8 @@ FINAL_CODES = frozenset({"invalid_client", "unauthorized_client", "invalid_scope
 
 _LARGEST_ANSWER = 1 << 20  # bytes; the board holds 64 KiB, so anything near this is no token
 _LONGEST_WORDS = 300  # characters of a provider's description that an error repeats
+USER_AGENT = f"shpool/{__version__}"  # what requests of this package call themselves
 _NO_PROXY = {"http": "", "https": ""}  # an empty entry keeps requests from asking the environment
-
-
-@functools.cache
-def user_agent() -> str:
-    """Return what requests of this package call themselves, such as ``shpool/0.1.0``."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return f"shpool/{version('shpool')}"
-    except PackageNotFoundError:  # run from a checkout
-        return "shpool"
 
 
 @dataclass(frozen=True)
@@ -118,9 +110,7 @@ class TokenEndpoint:
             LoginError: No token this time.
         """
         # Before the lifetime begins to count: a first import can take half a second.
-        import oauthlib.oauth2  # noqa: F401
-        import requests_oauthlib  # noqa: F401
-
+        import_each("http.client", "urllib3", "requests", "oauthlib.oauth2", "requests_oauthlib")
         sent = clock.now()
         outcome = self._attempt(sent)
         if isinstance(outcome, BaseException):
@@ -153,7 +143,7 @@ class TokenEndpoint:
                     headers={
                         "Accept": "application/json",
                         "Content-Type": "application/x-www-form-urlencoded",
-                        "User-Agent": user_agent(),
+                        "User-Agent": USER_AGENT,
                     },
                     auth=self._basic_auth(),  # None leaves OAuth2Session's own, which does nothing and bars ~/.netrc
                     timeout=self.timeout,

@@ -26,6 +26,7 @@
     ├── ShellJobError              a shell command ended with another exit status than 0
     │   └── ShellTimeoutError      it ran longer than its timeout
     ├── InitializerError           the initializer failed in a worker
+    │   └── WorkerStartError       no worker comes up, with or without one
     ├── ClusterError               the cluster that tasks were to run on cannot be used
     │   └── ClusterUnreachableError  it does not answer, or not any more
     ├── ConfigError                the configuration cannot be read or used
@@ -43,7 +44,8 @@
         ├── ContentError           what was delivered is not the file: size, checksum, an error page
         ├── TargetPathError        its path leaves the folder, is taken, or is no possible one
         ├── PartInUseError         a living process writes the same file
-        └── StorageFullError       no space left; what has arrived is kept
+        ├── StorageFullError       no space left; what has arrived is kept
+        └── TooManyOpenFilesError  no file could be opened beside so many others
 
 Classes take positional fields only and build their text in ``__str__``: pickle replays the fields.
 Wrong arguments are plain ``TypeError`` and ``ValueError``.
@@ -401,7 +403,7 @@ class UnpicklableError(TaskError):
     """Something of a task cannot travel between processes.
 
     Args:
-        what: ``function``, ``arguments``, ``result`` or ``exception``.
+        what: ``function``, ``arguments``, ``result``, ``exception``, or the pool's ``initializer`` and its arguments.
         text: What it was, shortened.
         reason: Why it cannot be pickled or unpickled.
     """
@@ -413,7 +415,8 @@ class UnpicklableError(TaskError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"the task's {self.what} cannot travel between processes: {self.text} ({self.reason})"
+        owner = "pool" if self.what == "initializer" else "task"
+        return f"the {owner}'s {self.what} cannot travel between processes: {self.text} ({self.reason})"
 
 
 _TEMPORARY_STATUS = 75  # EX_TEMPFAIL of <sysexits.h>: "the user is invited to retry"
@@ -526,6 +529,17 @@ class InitializerError(ShpoolError):
         return f"the pool's initializer failed in a worker: {self.text}"
 
 
+class WorkerStartError(InitializerError):
+    """No worker comes up, so no task can run.
+
+    Args:
+        text: What became of the attempts.
+    """
+
+    def __str__(self) -> str:
+        return f"the pool's workers do not start: {self.text}"
+
+
 class ClusterError(ShpoolError):
     """The cluster that tasks were to run on cannot be used.
 
@@ -634,19 +648,26 @@ class NotAJournalError(JournalError):
 
 
 class JournalMismatchError(JournalError):
-    """The journal was written for another target, or in another format.
+    """The journal was written for another target, for jobs with other keys, or in another format.
 
     Args:
         path: The journal's file.
-        what: ``target`` or ``format version``.
+        what: ``target``, ``jobs named`` or ``format version``.
         found: What the file says.
         wanted: What was asked for.
+        hint: What to do.
     """
 
-    def __init__(self, path: str, what: str, found: str, wanted: str) -> None:
-        reason = f"it was written for {what} {found}, not {wanted}"
-        super().__init__(path, reason, "give another --journal, or --fresh to forget all that it holds")
-        self.args = (path, what, found, wanted)
+    def __init__(
+        self,
+        path: str,
+        what: str,
+        found: str,
+        wanted: str,
+        hint: str = "give another --journal, or --fresh to forget all that it holds",
+    ) -> None:
+        super().__init__(path, f"it was written for {what} {found}, not {wanted}", hint)
+        self.args = (path, what, found, wanted, hint)
         self.what = what
         self.found = found
         self.wanted = wanted
@@ -801,3 +822,19 @@ class StorageFullError(DownloadError, OSError):
 
     def __str__(self) -> str:
         return f"{self.what}: {self.detail}; what has arrived is kept: free some space and run the same again"
+
+
+class TooManyOpenFilesError(DownloadError, OSError):
+    """A file could not be opened, as this process or the system has as many open as it may.
+
+    Args:
+        path: The file.
+        detail: The operating system's own words.
+    """
+
+    def __init__(self, path: str, detail: str = "Too many open files") -> None:
+        super().__init__(path, detail)
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.detail}; transfer fewer files at once, or raise the limit (ulimit -n)"

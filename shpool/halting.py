@@ -1,4 +1,4 @@
-"""When a batch ends before its jobs do: after too many failures."""
+"""When a batch ends before its jobs do: after too many failures, or as soon as anybody says so."""
 
 from __future__ import annotations
 
@@ -17,6 +17,32 @@ class Halt(Enum):
     NEVER = "never"
     SOON = "soon"  # begin nothing new, let what runs end
     NOW = "now"  # stop what runs
+
+
+class GiveUp:
+    """Until when what runs is waited for: the earliest moment that anybody has named.
+
+    A timer's thread and a signal's handler may name one at the same time, and a handler may interrupt whoever is about
+    to. So nobody reads what he changes: each moment is appended, which happens at once or not yet, and takes no lock
+    that a handler would wait for.
+    """
+
+    def __init__(self) -> None:
+        self._moments: list[float] = []
+
+    def by(self, moment: float) -> None:
+        """Wait no longer than until then; from any thread, or from a signal handler."""
+        self._moments.append(moment)
+
+    @property
+    def is_set(self) -> bool:
+        """Whether any moment was named, be it infinity."""
+        return bool(self._moments)
+
+    @property
+    def moment(self) -> float:
+        """The earliest; infinity for as long as none was named."""
+        return min(self._moments, default=math.inf)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,9 @@ class JobResult:
     worker: int | None = None
 
 
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode  # json.dumps would make one for every job
+
+
 def job_key(target: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """Name a job by its content: equal calls have equal keys, in every run and whatever their place in the input.
 
@@ -66,7 +69,7 @@ def job_key(target: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> st
     >>> job_key("tiles:fetch", (1,), {}) == job_key("tiles:fetch", (1,), {})
     True
     """
-    content = json.dumps([target, list(args), dict(kwargs)], sort_keys=True, separators=(",", ":"))
+    content = _encode([target, list(args), dict(kwargs)])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

@@ -6,6 +6,7 @@ import ipaddress
 import re
 from urllib.parse import urlsplit
 
+_HARMLESS = re.compile(r"https?://[A-Za-z0-9.:-]+/[A-Za-z0-9._~+=,/-]*")  # most of a million: nothing to hide
 _ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
 
 
@@ -53,6 +54,8 @@ def shown_url(url: str) -> str:
     >>> shown_url("https://someone:secret@example.com/a.tif?signature=secret#page")
     'https://example.com/a.tif?…'
     """
+    if _HARMLESS.fullmatch(url) is not None:
+        return url
     try:
         parts = urlsplit(url)
     except ValueError:

@@ -28,6 +28,8 @@ from shpool.checks import (
 from shpool.engines.setup import WorkerSetup
 from shpool.errors import LoginError, TokenUnavailableError
 from shpool.gate import Gate
+from shpool.importing import import_each
+from shpool.processors import processor_count
 from shpool.redaction import SECRET_VARIABLES
 from shpool.refresh import State
 from shpool.retry import Backoff, RetryPolicy, is_retryable
@@ -176,10 +178,12 @@ class AuthenticatedProcessPool(Submitting):
             checked_limit("max_tasks_per_worker", max_tasks_per_worker),
             checked_limit("max_worker_memory", max_worker_memory),
         )
-        self._owns_gate = not isinstance(gate, Gate)
         self._gate = _checked_gate(gate)
-        self._lock = threading.RLock()  # guards the four below; held while starting, so that it happens once
+        # Guards the five below; held while starting, so that it happens once. What the handler of a signal does in the
+        # meantime it does under the lock too, as the same thread: it may end the pool, or submit to it.
+        self._lock = threading.RLock()
         self._state = "new"
+        self._is_starting = False
         self._engine: Engine | None = None
         self._sharing: SharingThread | None = None
         self._owner = 0  # process that started it
@@ -191,6 +195,7 @@ class AuthenticatedProcessPool(Submitting):
 
         Raises:
             LoginError: The first login failed; the workers are gone again then.
+            RuntimeError: The pool is shut down, be it by the handler of a signal that came while it started.
         """
         self._running_engine()
         return self
@@ -306,20 +311,65 @@ class AuthenticatedProcessPool(Submitting):
     def _running_engine(self) -> Engine:
         engine = self._engine
         if self._state != "running" or engine is None:
+            if self._state == "new" and self._engine_name == "loky":
+                # Not under the lock: handlers of signals may use the pool meanwhile, or wait for a thread that does.
+                import_each("shpool.engines.crew")
             with self._lock:
-                if self._state == "new":
-                    self._start()
-                if self._state != "running" or self._engine is None:
-                    msg = "cannot schedule new futures after shutdown"
-                    raise RuntimeError(msg)
+                if self._state == "new" and not self._is_starting:
+                    self._is_starting = True
+                    try:
+                        self._start()
+                    finally:
+                        self._is_starting = False
+                self._check_open()
                 engine = self._engine
+                if engine is None:  # in a handler, a moment too early
+                    msg = "cannot schedule new futures yet: the pool is starting"
+                    raise RuntimeError(msg)
         sharing = self._sharing
         if sharing is not None and sharing.refresher.history.is_final:
             self._check_token(sharing)
         return engine
 
     def _start(self) -> None:
-        """Launch the workers, then log in while they start."""
+        """Launch the workers, then log in while they start; look between the steps whether a handler ends the pool."""
+        engine, sharing = self._assemble()
+        try:
+            self._check_open()
+            engine.start()
+        except BaseException:
+            engine.shutdown(cancel=True, kill=True)  # a handler may have raised when it had just been started
+            engine.join()
+            sharing.end()
+            if engine.has_ended:
+                self._state = "closing"
+            elif self._state == "closing":  # there was no engine yet that ran, and would have ended all
+                self._engine = None
+                self._gate.close()
+            raise
+        try:
+            self._check_open()
+            # The last to be registered runs first: a cluster's library, imported by now, must not leave before we do.
+            atexit.unregister(_end_all)
+            atexit.register(_end_all)
+            # Neither the engine nor the sharing knows the pool, so one that is forgotten is collected, and then ends.
+            weakref.finalize(self, engine.shutdown).atexit = False
+            sharing.start()
+            if engine.has_ended:  # so soon: it has called sharing.end() too early
+                sharing.end()
+        except BaseException as exc:
+            is_ended, self._state = self._state == "closing", "closing"
+            engine.shutdown(cancel=True, kill=True)
+            engine.join()
+            reason = _closed() if is_ended else engine.failure  # that ended the sharing, in which the login then failed
+            if reason is None or isinstance(exc, LoginError) or not isinstance(exc, Exception):
+                raise
+            raise reason from None
+        if self._state == "new":  # no handler is called between this and the next
+            self._state = "running"
+
+    def _assemble(self) -> tuple[Engine, SharingThread]:
+        """Return what is to be started; nothing of it runs yet."""
         engine = self._make_engine()
         try:
             channel = engine.channel
@@ -330,31 +380,10 @@ class AuthenticatedProcessPool(Submitting):
             engine.channel.close()
             raise
         engine.on_refused = sharing.refresher.report_refused
-        engine.on_end = _ending(sharing, self._gate if self._owns_gate else None)
+        engine.on_end = _ending(sharing, self._gate)
         self._engine, self._sharing, self._owner = engine, sharing, os.getpid()
         _live.add(self)
-        try:
-            engine.start()
-        except BaseException:
-            sharing.end()
-            raise
-        # The last to be registered runs first: a cluster's library, imported by now, must not leave before we do.
-        atexit.unregister(_end_all)
-        atexit.register(_end_all)
-        # Neither the engine nor the sharing knows the pool, so one that is forgotten is collected, and then ends.
-        weakref.finalize(self, engine.shutdown).atexit = False
-        try:
-            sharing.start()
-            if engine.has_ended:  # so soon: it has called sharing.end() too early
-                sharing.end()
-        except BaseException as exc:
-            self._state = "closing"
-            engine.shutdown(cancel=True, kill=True)
-            engine.join()
-            if engine.failure is None or isinstance(exc, LoginError) or not isinstance(exc, Exception):
-                raise
-            raise engine.failure from None  # that ended the sharing, in which the login then failed
-        self._state = "running"
+        return engine, sharing
 
     def _make_engine(self) -> Engine:
         if self._engine_name == "inline":
@@ -368,6 +397,10 @@ class AuthenticatedProcessPool(Submitting):
 
         return Crew(self._workers or 1, self._setup, blanked=blanked, gate=self._gate)
 
+    def _check_open(self) -> None:
+        if self._state == "closing":
+            raise _closed()
+
     def _close(self, *, cancel: bool, kill: bool, wait: bool) -> None:
         if self._engine is not None and os.getpid() != self._owner:
             return  # a forked child: the pool is its parent's
@@ -377,6 +410,8 @@ class AuthenticatedProcessPool(Submitting):
             self._engine.shutdown(cancel=cancel, kill=kill)
             if wait:
                 self._engine.join()
+        else:
+            self._gate.close()
 
     @staticmethod
     def _check_token(sharing: SharingThread) -> None:
@@ -425,15 +460,18 @@ class PoolView(Submitting):
         return f"<PoolView retries={self._policy.retries} timeout={self._timeout} of {self._pool!r}>"
 
 
-def _ending(sharing: SharingThread, gate: Gate | None) -> Callable[[], None]:
+def _ending(sharing: SharingThread, gate: Gate) -> Callable[[], None]:
     """Return what ends with the engine; it must not know the pool."""
 
     def end() -> None:
         sharing.end()
-        if gate is not None:
-            gate.close()
+        gate.close()
 
     return end
+
+
+def _closed() -> RuntimeError:
+    return RuntimeError("cannot schedule new futures after shutdown")
 
 
 def _described(error: BaseException) -> str:
@@ -467,11 +505,12 @@ def _thread_limits(workers: int | None, where: EngineDescription | None) -> dict
     """Return how many threads a worker's libraries may start, for those that nobody has told yet."""
     if where is not None or workers is None:
         return {}  # a cluster's workers have long imported them
-    share = str(max(1, (os.cpu_count() or 1) // workers))
+    share = str(max(1, processor_count() // workers))
     return {name: share for name in _THREAD_VARIABLES if name not in os.environ}
 
 
 def _checked_gate(gate: Gate | str | None) -> Gate:
+    """Return a gate that is the pool's to close: the caller may close theirs while workers are still to be started."""
     if gate is None:
         return Gate()
     if isinstance(gate, str):
@@ -482,7 +521,7 @@ def _checked_gate(gate: Gate | str | None) -> Gate:
     if gate.is_closed:
         msg = "the gate is closed; make a new one for this pool"
         raise ValueError(msg)
-    return gate
+    return gate.held_anew()
 
 
 def _secret_variables(session: object) -> tuple[str, ...]:

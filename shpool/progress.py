@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
     from typing_extensions import Self
 
 
 _THOUSAND = 1000
+_USUAL_BAR = 10  # characters, as tqdm draws it where a line has no end
+_LEAST_BAR = 3  # characters
 _TICK = 1.0  # s between redraws while nothing finishes; the finest unit the bar shows
 
 
@@ -24,6 +27,8 @@ class Progress:
     no output. Shown, a thread of its own redraws it every second until the block ends, so that the times move
     while a long job runs. It never writes to standard output.
 
+    Where it is known how many bytes all items have, the bar, its rate and its time left are of bytes; else of items.
+
     Args:
         total: Items to come, or None when nobody knows.
         desc: One or two words in front of the bar.
@@ -32,7 +37,10 @@ class Progress:
         stream: Where the bar is drawn; None is ``sys.stderr`` as it is then.
         token: Asked for the token's seconds left at every redraw of the thread, from that thread; None leaves it
             to ``update_token``.
-        note: Asked for words to show besides the counts, such as bytes, at every redraw; from that thread too.
+        notes: Asked for words to show besides the counts at every redraw, from that thread too: those that matter most
+            come first, and those for which a line has no room are left out.
+        size: Bytes of all items; 0 where that is not known.
+        moved: Asked for the bytes that have come so far, where ``size`` is known; from that thread too.
         tick: Seconds between the thread's redraws.
 
     >>> with Progress(3, desc="tiles", enabled=False) as progress:
@@ -51,7 +59,9 @@ class Progress:
         enabled: bool | None = None,
         stream: TextIO | None = None,
         token: Callable[[], float | None] | None = None,
-        note: Callable[[], str] | None = None,
+        notes: Callable[[], Sequence[str]] = tuple,
+        size: int = 0,
+        moved: Callable[[], int] = int,
         tick: float = _TICK,
     ) -> None:
         self.done_count = 0
@@ -63,7 +73,10 @@ class Progress:
         self._enabled = _is_terminal(self._stream) if enabled is None else enabled
         self._seconds_left: float | None = None
         self._token = token
-        self._note = note
+        self._notes = notes
+        self._size = size
+        self._moved = moved
+        self._room: int | None = None  # characters for what follows the rate; None for any number
         self._tick = tick
         self._lock = threading.Lock()  # guards the bar's drawing
         self._bar: Any = None  # a tqdm, imported only when drawn
@@ -78,7 +91,8 @@ class Progress:
     def __enter__(self) -> Self:
         """Draw the empty bar."""
         if self._enabled:
-            self._bar = _new_bar(self._total, self._desc, self._unit, self._stream)
+            total, unit = (self._size, "B") if self._size else (self._total, self._unit)
+            self._bar = _new_bar(total, self._desc, unit, self._stream, is_scaled=bool(self._size))
             self._has_ended.clear()
             self._thread = threading.Thread(target=self._redraw, name="shpool-progress")
             self._thread.start()
@@ -93,6 +107,8 @@ class Progress:
             self._thread.join()
             self._thread = None
         if self._bar is not None:
+            self._room = _room_of(self._bar)
+            self._advance(0)
             self._bar.close()
             self._bar = None
 
@@ -106,12 +122,29 @@ class Progress:
         self.failed_count += n
         self._advance(n)
 
-    def pass_over(self, n: int = 1) -> None:
-        """Move the bar over ``n`` items that took no time now, as they were done before; the rate leaves them out."""
+    def pass_over(self, n: int = 1, size: int = 0) -> None:
+        """Move the bar over ``n`` items that took no time now, as they were done before; the rate leaves them out.
+
+        Args:
+            n: How many.
+            size: Bytes they have, where the bar is of bytes; ``moved`` counts them too.
+        """
         if self._bar is not None:
             with self._lock:
-                self._bar.initial += n
-                self._bar.update(n)
+                self._bar.initial += size if self._size else n
+                self._move(max(self._moved() - self._bar.n, 0) if self._size else n)
+
+    @contextlib.contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Take the bar off its terminal while a block writes whole lines to the same one, and draw it below them."""
+        if self._bar is None or not _is_terminal(self._stream):
+            yield
+            return
+        with self._lock:
+            self._bar.clear()
+            self._stream.flush()
+            yield
+            self._bar.refresh()
 
     def update_token(self, seconds_left: float | None) -> None:
         """Tell how long the token lives; None when there is none. Shown at the next redraw."""
@@ -122,25 +155,48 @@ class Progress:
         if self._bar is not None:
             with self._lock:
                 self._bar.set_postfix_str(self._postfix(), refresh=False)
-                if n:
-                    self._bar.update(n)
+                self._move(max(self._moved() - self._bar.n, 0) if self._size else n)
+
+    def _move(self, n: int) -> None:
+        if n:
+            self._bar.update(n)
 
     def _redraw(self) -> None:
         """Redraw at once and at every tick; runs in the thread."""
         while True:
             if self._token is not None:
                 self._seconds_left = self._token()
+            self._advance(0)
             with self._lock:
+                self._room = _room_of(self._bar)
                 self._bar.set_postfix_str(self._postfix(), refresh=True)
             if self._has_ended.wait(self._tick):
                 return
 
     def _postfix(self) -> str:
-        parts = [self._note()] if self._note is not None else []
-        parts.append(f"failed {self.failed_count}")
-        if self._seconds_left is not None:
-            parts.append(f"token {max(self._seconds_left, 0.0):.0f} s")
-        return ", ".join(parts)
+        """Return what follows the rate: of what there is to say, as much as a line has room for."""
+        first, *others = [*self._notes(), ""]
+        failed = f"failed {self.failed_count}"
+        token = "" if self._seconds_left is None else f"token {max(self._seconds_left, 0.0):.0f} s"
+        kept: set[str] = set()
+        left = float("inf") if self._room is None else self._room
+        for part in (failed, first, token, *others):  # by what matters
+            if part and (left := left - len(part) - len(", ")) >= 0:
+                kept.add(part)
+        return ", ".join(part for part in (first, *others, failed, token) if part in kept)
+
+
+def _room_of(bar: Any) -> int | None:  # noqa: ANN401 - a tqdm
+    """Return how many characters of a line are left beside a short bar; None where lines have no end."""
+    shape = bar.format_dict
+    columns: int | None = shape.get("ncols")
+    if not columns:
+        return None
+    shape |= {"ncols": None, "postfix": ""}
+    bare = max(
+        len(bar.format_meter(**shape | {"rate": rate})) for rate in (shape["rate"], None)
+    )  # None: over all, at the end
+    return columns - bare + _USUAL_BAR - _LEAST_BAR
 
 
 def shown_bytes(number: float) -> str:
@@ -166,7 +222,7 @@ def _is_terminal(stream: TextIO) -> bool:
         return False
 
 
-def _new_bar(total: int | None, desc: str, unit: str, stream: TextIO) -> Any:  # noqa: ANN401 - tqdm.auto picks the class
+def _new_bar(total: int | None, desc: str, unit: str, stream: TextIO, *, is_scaled: bool) -> Any:  # noqa: ANN401 - tqdm.auto picks the class
     from tqdm.auto import tqdm
 
     class _Bar(tqdm):  # type: ignore[type-arg]  # tqdm is generic in its stubs only, and we never iterate
@@ -181,6 +237,7 @@ def _new_bar(total: int | None, desc: str, unit: str, stream: TextIO) -> Any:  #
         total=total,
         desc=desc,
         unit=unit,
+        unit_scale=is_scaled,
         file=stream,
         dynamic_ncols=True,
         bar_format=form if total is not None else None,

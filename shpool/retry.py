@@ -10,7 +10,7 @@ import logging
 import math
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from shpool.errors import (
     LoginError,
@@ -20,6 +20,7 @@ from shpool.errors import (
     TokenResponseError,
     WorkerLostError,
 )
+from shpool.errortexts import attribute_of, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -146,7 +147,7 @@ def is_retryable(error: BaseException) -> bool:
         return True
     if isinstance(error, ShellJobError):
         return isinstance(error, TimeoutError) or error.is_temporary
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = attribute_of(attribute_of(error, "response"), "status_code")
     if isinstance(status, int):
         return is_temporary_status(status)
     if isinstance(error, (ConnectionError, TimeoutError)):
@@ -162,10 +163,10 @@ def retry_after_of(error: BaseException, now: float, unit: RetryAfterUnit = "s")
         now: The present by the wall clock, seconds since the epoch.
         unit: What a number in the header counts.
     """
-    own = getattr(error, "retry_after", None)
+    own = attribute_of(error, "retry_after")
     if isinstance(own, (int, float)) and not isinstance(own, bool) and math.isfinite(own):
         return min(max(float(own), 0.0), _LONGEST_RETRY_AFTER)
-    headers = getattr(getattr(error, "response", None), "headers", None)
+    headers: Any = attribute_of(attribute_of(error, "response"), "headers")
     value = None if headers is None else headers.get("Retry-After")
     return parse_retry_after(value, now=now, unit=unit) if isinstance(value, str) else None
 
@@ -198,7 +199,7 @@ class RetryPolicy:
         """
         if attempt > self.retries or not self._is_worth_it(error):
             return None
-        return (retry_after_of(error, now, self.retry_after_unit) or 0.0) + self.backoff.delay(attempt - 1)
+        return self._wait_asked_for(error, now) + self.backoff.delay(attempt - 1)
 
     def _is_worth_it(self, error: BaseException) -> bool:
         try:
@@ -207,10 +208,17 @@ class RetryPolicy:
             logger.exception("retry_if failed, so there is no other attempt")
             return False
 
+    def _wait_asked_for(self, error: BaseException, now: float) -> float:
+        try:
+            return retry_after_of(error, now, self.retry_after_unit) or 0.0
+        except Exception:
+            logger.exception("what the error says of Retry-After cannot be read")
+            return 0.0
+
 
 def summary_of(error: BaseException, attempt: int) -> str:
     """Return one line about a failed attempt, of bounded length."""
-    text = " ".join(f"{type(error).__name__}: {error}".removesuffix(": ").split())
+    text = " ".join(f"{type(error).__name__}: {text_of(error)}".removesuffix(": ").split())
     if len(text) > _LONGEST_SUMMARY:
         text = text[: _LONGEST_SUMMARY - 1] + "…"
     return f"attempt {attempt}: {text}"
@@ -223,7 +231,7 @@ def carry_attempts(error: BaseException, summaries: Sequence[str]) -> None:
     text = "after " + "; ".join(summaries[:_MOST_SUMMARIES])
     if len(summaries) > _MOST_SUMMARIES:
         text += f"; and {len(summaries) - _MOST_SUMMARIES} more"
-    with contextlib.suppress(AttributeError, TypeError):  # an error class may refuse attributes
+    with contextlib.suppress(Exception):  # an error class may refuse attributes, in any way
         error.__notes__ = [*getattr(error, "__notes__", []), text]
 
 

@@ -16,8 +16,9 @@ from shpool.tokens import Posting, Token, boot_time
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from shpool.auth import BearerAuth
     from shpool.channels import TokenReader
-    from shpool.client import BearerAuth, HTTPClient
+    from shpool.client import HTTPClient
     from shpool.gate import AccountGate
     from shpool.retry import RetryAfterUnit
 
@@ -105,13 +106,18 @@ class SharedSession:
     @property
     def auth(self) -> BearerAuth:
         """An auth object for ``requests``: the token of the moment, one retry when a server refuses it, the gate."""
-        from shpool.client import BearerAuth
+        from shpool.auth import BearerAuth
 
         return BearerAuth(self, self.gate, self.retry_after_unit)
 
     @property
     def http(self) -> HTTPClient:
-        """A ``requests.Session`` of this process, with the token, retries, timeouts and the gate."""
+        """A ``requests.Session`` of this process, with the token, retries, timeouts and the gate.
+
+        An answer 408, 425, 429, 500, 502, 503 or 504 is asked for again, four times in all; with POST and PATCH only
+        429 and a 503 with ``Retry-After``, by which a server says that it did not take the request up. A body that can
+        be read only once, as a generator's, is sent once.
+        """
         if self._http is None or self._http[0] != os.getpid():
             from shpool.client import HTTPClient
 

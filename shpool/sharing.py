@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from shpool.channels import NamedChannel
 from shpool.errors import LoginError
+from shpool.importing import import_each, signals_wait
 from shpool.refresh import Refresher
 from shpool.shared import DEFAULT_NAME, SharedSession
 from shpool.sources import refresh_window_of, source_of
 from shpool.tokens import SYSTEM_CLOCK, Clock, Posting, Token
+from shpool.waiting import wait_in_glances
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -70,9 +72,11 @@ class SharingThread(threading.Thread):
             TokenTooLargeError: The channel cannot hold the token.
         """
         if self.ident is None:  # a second start is refused by the thread itself
+            import_each("hashlib")  # for the board
             self.refresher.first_login()
             _running.add(self)
-        super().start()
+        with signals_wait():
+            super().start()
 
     def run(self) -> None:
         """Refresh until stopped, then end sharing."""
@@ -107,7 +111,7 @@ class SharingThread(threading.Thread):
         if os.getpid() != self._owner:
             return
         # Not for the thread at once: before Python 3.13 one whose join() was interrupted counts as stopped ever after.
-        if self.ident is None or self._is_over.wait(timeout):
+        if self.ident is None or wait_in_glances(self._is_over.wait, timeout):
             super().join(timeout)
 
     def become_reader(self) -> None:

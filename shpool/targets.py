@@ -75,7 +75,7 @@ def load_target(text: str) -> Target:
         raise InputError(text, "TARGET names no function", _FORMS)
     if source.endswith(".py") or "/" in source:
         path = Path(source).absolute()
-        if not path.is_file():
+        if not _is_file(path, text):
             raise InputError(text, f"there is no file {source}", _FORMS)
         if path.suffix != ".py":
             raise InputError(text, f"{source} is not a Python file", "its name must end in .py")
@@ -84,6 +84,13 @@ def load_target(text: str) -> Target:
         target = Target(source, name, str(Path.cwd()))
     _check(target.function, text)
     return target
+
+
+def _is_file(path: Path, text: str) -> bool:
+    try:
+        return path.is_file()
+    except OSError as exc:  # a folder that may not be entered, or a name that is too long
+        raise InputError(text, f"{path} cannot be reached: {exc.strerror}", "give a file that you may read") from None
 
 
 def _check(function: object, text: str) -> None:
@@ -142,8 +149,12 @@ class _UserImport:
         """Guard the import that follows."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Raise the InputError; interruptions and our own errors pass."""
-        if error is None or isinstance(error, (KeyboardInterrupt, InputError, MemoryError)):
+        """Raise the InputError; interruptions and our own errors pass.
+
+        A class derived from SystemExit is an interruption too: as a handler of SIGTERM raises it, and no script does.
+        """
+        is_interruption = isinstance(error, (KeyboardInterrupt, SystemExit)) and type(error) is not SystemExit
+        if error is None or is_interruption or isinstance(error, (InputError, MemoryError)):
             return
         target = self._target
         if isinstance(error, ModuleNotFoundError) and f"{target.source}.".startswith(f"{error.name}."):

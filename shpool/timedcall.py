@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from shpool.errortexts import attribute_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
@@ -29,6 +31,9 @@ class Timed(NamedTuple):
     seconds: float
     worker: int
 
+    def __repr__(self) -> str:
+        return repr(self.result)  # in errors about a result that cannot travel: this wrapper is nobody's business
+
 
 # Set on errors in the worker; most errors keep their attributes when pickled.
 _SECONDS = "_shpool_seconds"
@@ -38,19 +43,22 @@ _WORKER = "_shpool_worker"
 
 def place_of(error: BaseException) -> str:
     """Return file and line of the user's code that raised a job's error, as ``tiles.py:12``; empty if unknown."""
-    return str(getattr(error, _PLACE, ""))
+    place = attribute_of(error, _PLACE)
+    return place if isinstance(place, str) else ""
 
 
 def seconds_of(error: BaseException) -> float | None:
     """Return how long the call took that raised an error; None if it never came to its end."""
-    seconds = getattr(error, _SECONDS, None)
+    seconds = attribute_of(error, _SECONDS)
     return seconds if isinstance(seconds, float) else None
 
 
 def worker_of(error: BaseException) -> int | None:
     """Return the id of the process that raised an error, or was lost with it; None if unknown."""
-    worker = getattr(error, _WORKER, getattr(error, "pid", None))
-    return worker if isinstance(worker, int) else None
+    for name in (_WORKER, "pid"):
+        if isinstance(worker := attribute_of(error, name), int):
+            return worker
+    return None
 
 
 def _place(trace: TracebackType | None) -> str:
@@ -100,7 +108,7 @@ class _Stopwatch:
     ) -> None:
         self.seconds = time.perf_counter() - self._begun
         if error is not None:
-            with suppress(AttributeError, TypeError):  # an error class may refuse attributes
+            with suppress(Exception):  # an error class may refuse attributes, in any way
                 setattr(error, _SECONDS, self.seconds)
                 setattr(error, _WORKER, os.getpid())
                 setattr(error, _PLACE, _place(trace))

@@ -7,10 +7,10 @@ import copyreg
 import itertools
 import pickle
 import sys
-import traceback
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from shpool.errors import UnpicklableError
+from shpool.errortexts import traceback_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +42,9 @@ def dump(value: object) -> bytes:
         return data
     import cloudpickle
 
+    spawned_main = sys.modules.get("__mp_main__")
+    if spawned_main is not None and spawned_main.__name__ == "__mp_main__":  # this is a process of multiprocessing's
+        cloudpickle.register_pickle_by_value(spawned_main)
     text: bytes = cloudpickle.dumps(value, protocol=5)
     return text
 
@@ -65,14 +68,14 @@ _size_of = sys.getsizeof
 
 def _dump_small(value: object) -> tuple[bytes, bool]:
     data = pickle.dumps(value, protocol=5)
-    return data, b"__main__" in data
+    return data, _MAIN in data
 
 
 def _dump_large(value: object) -> tuple[bytes, bool]:
-    """Pickle, and look for ``__main__`` in the frames of opcodes alone: 60 µs a megabyte of bytes instead of 900."""
+    """Pickle, and look for the main module in the frames of opcodes alone: 60 µs a megabyte of bytes instead of 900."""
     parts = _Parts()
     pickle.Pickler(parts, protocol=5).dump(value)
-    names_main = any(b"__main__" in part for part in parts if len(part) < _LARGE or part[:1] in _FRAME_STARTS)
+    names_main = any(_MAIN in part for part in parts if len(part) < _LARGE or part[:1] in _FRAME_STARTS)
     return b"".join(parts), names_main
 
 
@@ -82,6 +85,7 @@ class _Parts(list[bytes]):
     write = list.append
 
 
+_MAIN = b"_main__"  # __main__, or __mp_main__ in a process that multiprocessing has spawned
 _LARGE = 64 * 1024  # bytes: what C pickle takes for large, its FRAME_SIZE_TARGET
 _FRAME_STARTS = (b"\x80", b"\x95")  # the opcodes PROTO and FRAME
 
@@ -100,10 +104,13 @@ def call(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any])
         return False, dump_error(UnpicklableError("result", shortened(result), _reason(exc)))
 
 
-def call_each(fn: Callable[..., Any], items: Sequence[Any], *, star: bool) -> tuple[list[Any], dict[int, bytes]]:
+def call_each(
+    fn: Callable[..., Any], items: Sequence[Any], *, star: bool, fatal: tuple[type[BaseException], ...] = ()
+) -> tuple[list[Any], dict[int, bytes]]:
     """Call a function on each item; return the results in order, and the pickled errors by index.
 
-    The loop runs in C: ``list.extend`` keeps what came before an error, so its length tells which item raised.
+    Errors of the ``fatal`` classes are raised. The loop runs in C: ``list.extend`` keeps what came before an error, so
+    its length tells which item raised.
     """
     results: list[Any] = []
     errors: dict[int, bytes] = {}
@@ -111,7 +118,9 @@ def call_each(fn: Callable[..., Any], items: Sequence[Any], *, star: bool) -> tu
     while True:
         try:
             results.extend(outcomes)
-        except BaseException as exc:  # noqa: BLE001 - border: as in call()
+        except BaseException as exc:  # border: as in call()
+            if isinstance(exc, fatal):
+                raise
             errors[len(results)] = dump_error(exc)
         else:
             if len(results) == len(items):
@@ -137,8 +146,7 @@ def dump_each(results: list[Any], errors: dict[int, bytes]) -> bytes:
 
 def dump_error(error: BaseException) -> bytes:
     """Pickle an error with its traceback; one that would not arrive is replaced by one that does."""
-    frames = error.__traceback__
-    text = "".join(traceback.format_exception(type(error), error, frames and frames.tb_next))
+    text = traceback_of(error, skipped=1)
     try:
         data = dump(_Plain(error) if _has_foreign_reducer(type(error)) else error)
         load(data)  # an __init__ with keyword-only arguments fails here and not in the parent
@@ -176,7 +184,7 @@ def load_error(data: bytes) -> BaseException:
         error = UnpicklableError("exception", text.strip().rpartition("\n")[2], _reason(exc))
     if not isinstance(error, BaseException):
         error = UnpicklableError("exception", shortened(error), "it is no exception once unpickled")
-    error.__cause__ = WorkerTraceback(text)
+    BaseException.__setattr__(error, "__cause__", WorkerTraceback(text))  # its class may refuse attributes
     return error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import ipaddress
 import itertools
 import os
 import re
@@ -18,7 +19,7 @@ import pytest
 from authlib_fixture import authlib_server, start_authlib_server
 from cluster_fixtures import dask_engine, dask_processes, lasting_ports, lasting_sessions
 from hypothesis import HealthCheck, settings
-from ray_fixture import ray_engine, ray_node
+from ray_fixture import ray_engine, ray_environment, ray_node
 
 from shpool.board import MAGIC
 from shpool.testing import FakeClock, LoopbackServer
@@ -26,7 +27,15 @@ from shpool.testing import FakeClock, LoopbackServer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["authlib_server", "dask_engine", "dask_processes", "ray_engine", "ray_node", "start_authlib_server"]
+__all__ = [
+    "authlib_server",
+    "dask_engine",
+    "dask_processes",
+    "ray_engine",
+    "ray_environment",
+    "ray_node",
+    "start_authlib_server",
+]
 
 # How fast examples are made and run is no property of the code: a busy machine makes any of them slow.
 settings.register_profile("patient", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -36,6 +45,7 @@ _PATIENCE = 30.0  # s that processes and threads get to end after a test
 _SHARED_MEMORY = Path("/dev/shm")
 _DESCRIPTORS = Path("/proc/self/fd")
 _LASTING_THREADS = ("Dask-Offload",)  # distributed's, for the rest of the process
+_lasting_descriptors: set[str] = set()  # of clusters that several tests share, as "socket:[inode]"
 _numbers = itertools.count(1)
 
 
@@ -94,30 +104,47 @@ def _is_own_board(entry: Path) -> bool:
 def _own_descriptors() -> Iterator[str]:
     """Yield the sockets and boards this process has open; other files may be cached by libraries."""
     if _DESCRIPTORS.is_dir():
-        lasting = _descriptors_to_clusters()
-        for entry in _DESCRIPTORS.iterdir():
-            try:
-                target = str(entry.readlink())
-            except OSError:  # the descriptor of this very listing
-                continue
-            if target.startswith(("socket:", "/memfd:shpool")) and entry.name not in lasting:
-                yield f"{entry.name} {target}"
+        _lasting_descriptors.update(_descriptors_to_clusters())
+        for descriptor in _DESCRIPTORS.iterdir():
+            target = _target(descriptor)
+            # Once a cluster's, always: when the process at the other end is gone, nothing tells it from another.
+            if target.startswith(("socket:", "/memfd:shpool")) and target not in _lasting_descriptors:
+                yield f"{descriptor.name} {target}"
 
 
-def _descriptors_to_clusters() -> set[str]:
-    """Return the sockets to clusters that several tests share: either side opens more of them when it likes."""
+def _target(descriptor: Path) -> str:
+    try:
+        return str(descriptor.readlink())
+    except OSError:  # the descriptor of the very listing
+        return ""
+
+
+def _descriptors_to_clusters() -> Iterator[str]:
+    """Yield the sockets to clusters that several tests share: either side opens more of them when it likes."""
     if not lasting_sessions:
-        return set()
+        return
     everybodys = psutil.net_connections("tcp")
     ports = lasting_ports | {each.laddr.port for each in everybodys if each.laddr and _is_of_cluster(each.pid)}
-    connections = psutil.Process().net_connections("tcp")
-    return {str(each.fd) for each in connections if each.raddr and each.raddr.port in ports}
+    for each in psutil.Process().net_connections("tcp"):
+        # Ray speaks by the machine's own address, also with processes that have ended; all of ours is on loopback.
+        if each.raddr and (each.raddr.port in ports or not _is_loopback(each.raddr.ip)):
+            yield _target(_DESCRIPTORS / str(each.fd))
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.removeprefix("::ffff:")).is_loopback
+
+
+def _describe_connections() -> str:
+    """Say of this process's sockets where they lead to."""
+    connections = psutil.Process().net_connections("all")
+    return ", ".join(f"{each.fd}: {each.laddr}-{each.raddr} {each.status}" for each in connections)
 
 
 def _is_tracker(process: psutil.Process) -> bool:
     """Tell whether this is one of the resource trackers: they live as long as the process that has one."""
     try:
-        return "resource_tracker" in " ".join(process.cmdline())
+        return "resource_tracker import main" in " ".join(process.cmdline())
     except psutil.Error:
         return False
 
@@ -145,7 +172,7 @@ def nothing_left_behind(own_home: Path) -> Iterator[None]:
     deadline = time.monotonic() + _PATIENCE
     while left := Holdings.now().beyond(before):
         if time.monotonic() > deadline:
-            pytest.fail("left behind: " + "; ".join(left))
+            pytest.fail(f"left behind: {'; '.join(left)}; connections are {_describe_connections()}")
         gc.collect()  # a session in a reference cycle is not a leak
         time.sleep(0.02)
 

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 import pytest
@@ -18,7 +18,7 @@ from patience import PATIENCE
 from shpool.engines.ray import RayEngine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from typing_extensions import Self
 
@@ -28,6 +28,16 @@ needs_ray = [
     pytest.mark.xdist_group("ray"),  # one Ray for all of them
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs pip install '.[ray]'"),
 ]
+
+beside_shared_ray = pytest.mark.xdist_group("own")  # these have a Ray each, and spend their time on waiting for it
+
+_Test = TypeVar("_Test", bound="Callable[..., None]")
+
+
+def with_own_ray(test: _Test) -> _Test:
+    """Mark a test that starts a Ray for itself, open to all."""
+    marked: _Test = beside_shared_ray(pytest.mark.usefixtures("ray_environment")(test))
+    return marked
 
 
 def processes_in_session(leader: int) -> list[int]:
@@ -79,23 +89,29 @@ class SecondNode:
 
 
 @pytest.fixture(scope="session")
-def ray_node() -> Iterator[LocalRay]:
-    """Run Ray in processes of its own, for all tests of this process.
+def ray_environment() -> Iterator[None]:
+    """Have each Ray that this process or a child of it starts open to all.
 
-    Tests have a home each, and Ray keeps the token that opens a cluster there: this one has none.
+    Tests have a home each, and Ray keeps the token that opens a cluster there: these have none.
     """
-    from shpool.engines.ray_local import LocalRay
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.delenv("RAY_ADDRESS", raising=False)
-        node = LocalRay(2, [name for name in os.environ if name.startswith("SH_")])
-        lasting_sessions.add(node.pid)
-        lasting_ports.add(int(node.address.rpartition(":")[2]))  # to which Ray keeps a connection for good
-        yield node
-        node.close()
-        lasting_sessions.discard(node.pid)
+        yield
+
+
+@pytest.fixture(scope="session")
+def ray_node(ray_environment: None) -> Iterator[LocalRay]:
+    """Run Ray in processes of its own, for all tests of this process."""
+    from shpool.engines.ray_local import LocalRay
+
+    node = LocalRay(2, [name for name in os.environ if name.startswith("SH_")])
+    lasting_sessions.add(node.pid)
+    lasting_ports.add(int(node.address.rpartition(":")[2]))  # to which Ray keeps a connection for good
+    yield node
+    node.close()
+    lasting_sessions.discard(node.pid)
 
 
 @pytest.fixture(scope="session")

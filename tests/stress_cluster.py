@@ -36,9 +36,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from shpool.engines.base import EngineDescription
+    from shpool.engines.ray_local import LocalRay
 
 TASK_SECONDS = 0.2
 LIFETIME = 3.0  # s of a token
+SECRET = "canary-secret-not-real-0815"
 
 
 class Machines(Protocol):
@@ -52,6 +54,9 @@ class Machines(Protocol):
     def processes(self) -> list[psutil.Process]:
         """Return all of its processes."""
 
+    def busy(self, latest: int) -> int:
+        """Return the process id of a worker that runs a task, given the one that was the last to answer."""
+
     def files(self) -> list[Path]:
         """Return the folders it writes to."""
 
@@ -59,7 +64,10 @@ class Machines(Protocol):
         """Return, pickled and by place, what it holds of tasks and of what was sent with them."""
 
     def plant(self, word: str) -> contextlib.AbstractContextManager[object]:
-        """Put a word into each of these places that a pool's tasks and set-up do not reach."""
+        """Put a word into each of these places that a pool's tasks and set-up do not reach; before they run."""
+
+    def overfill(self, word: str) -> contextlib.AbstractContextManager[object]:
+        """Have the cluster write to disk what it holds, and a word with it; while a pool's tasks run."""
 
 
 class DaskMachines:
@@ -75,6 +83,9 @@ class DaskMachines:
     def processes(self) -> list[psutil.Process]:
         roots = [psutil.Process(pid) for pid in self._running.pids]
         return roots + [child for root in roots for child in root.children(recursive=True)]
+
+    def busy(self, latest: int) -> int:
+        return latest
 
     def files(self) -> list[Path]:
         return [self._running.folder]
@@ -101,28 +112,46 @@ class DaskMachines:
             assert result.result(PATIENCE) == word
             yield
 
+    def overfill(self, word: str) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext(word)
+
 
 class RayMachines:
-    """A Ray with two processors."""
+    """A Ray with two processors.
 
-    def __init__(self) -> None:
+    Args:
+        node: Where it runs already; None for one of its own.
+    """
+
+    def __init__(self, node: LocalRay | None = None) -> None:
         from shpool.engines.ray_local import LocalRay
 
-        os.environ["RAY_AUTH_MODE"] = "disabled"  # else a parent finds Ray's token only where it is told auto
-        self._node = LocalRay(2, ())
+        self._own = LocalRay(2, ()) if node is None else None
+        self._node = node or self._own
         self._others: list[SecondNode] = []
+        assert self._node is not None
+        self._pid, self._folder = self._node.pid, Path(self._node.folder)
         self.engine: EngineDescription = RayEngine(self._node.address)
 
     def add_worker(self) -> object:
+        assert self._node is not None
         self._others.append(SecondNode(self._node.address))
         return None  # it joins when it likes
 
     def processes(self) -> list[psutil.Process]:
-        root = psutil.Process(self._node.pid)
+        root = psutil.Process(self._pid)
         return [root, *root.children(recursive=True)]
 
+    def busy(self, latest: int) -> int:
+        """Go by the title that Ray gives a process: the one that has answered is idle, often."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                if process.cmdline()[:1] == ["ray::shpool"]:
+                    return process.pid
+        return latest
+
     def files(self) -> list[Path]:
-        return [Path(self._node.folder)]
+        return [self._folder]
 
     def holdings(self) -> dict[str, bytes]:
         return {}  # all that lasts is in the files
@@ -130,10 +159,24 @@ class RayMachines:
     def plant(self, word: str) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext(word)
 
+    @contextlib.contextmanager
+    def overfill(self, word: str) -> Iterator[None]:
+        """Put more into the object store than it holds, so that some of what is there is spilled to disk."""
+        import ray
+
+        held = [ray.put(word.encode() + bytes(30_000_000)) for _ in range(4)]
+        until(lambda: sum(path.stat().st_size for path in self._spilled()) > 0)
+        yield
+        del held
+
+    def _spilled(self) -> list[Path]:
+        return [path for folder in self._folder.rglob("*spill*") for path in folder.rglob("*") if path.is_file()]
+
     def close(self) -> None:
         for node in self._others:
             node.close()
-        self._node.close()
+        if self._own is not None:
+            self._own.close()
 
 
 def held_by_scheduler(dask_scheduler: Any) -> dict[str, bytes]:
@@ -203,7 +246,7 @@ class Tally:
     seconds: float = 0.0
 
 
-def soak(engine: str | EngineDescription, seconds: float, disturb: Callable[[float, int], None]) -> Tally:
+def soak(engine: str | EngineDescription, seconds: float, disturb: Callable[[float, int, int], None]) -> Tally:
     """Let two workers ask without pause while tokens come and go."""
     count, tally = int(seconds / TASK_SECONDS) * 2, Tally()
     with LoopbackServer() as server:
@@ -216,7 +259,7 @@ def soak(engine: str | EngineDescription, seconds: float, disturb: Callable[[flo
             ):
                 tally.results += 1
                 tally.failed += failed
-                disturb(tally.results / count, worker)
+                disturb(tally.results / count, worker, pool.stats().workers_lost)
             tally.seconds = time.monotonic() - began
             tally.lost = pool.stats().workers_lost
         tally.logins, tally.refused = server.logins, server.unauthorized
@@ -226,16 +269,17 @@ def soak(engine: str | EngineDescription, seconds: float, disturb: Callable[[flo
     return tally
 
 
-def disturber(machines: Machines) -> Callable[[float, int], None]:
-    """Return what adds a worker at a third of the way and kills one at two thirds."""
-    pending: list[tuple[float, Callable[[int], None]]] = [
-        (1 / 3, lambda _: threading.Thread(target=machines.add_worker).start()),
-        (2 / 3, lambda worker: os.kill(worker, signal.SIGKILL)),
-    ]
+def disturber(machines: Machines) -> Callable[[float, int, int], None]:
+    """Return what adds a worker at a third of the way and kills one at two thirds; or later, if that one was idle."""
+    pending = [1 / 3, 2 / 3, 3 / 4, 5 / 6]
 
-    def disturb(share: float, worker: int) -> None:
-        if pending and share >= pending[0][0]:
-            pending.pop(0)[1](worker)
+    def disturb(share: float, worker: int, lost: int) -> None:
+        if not pending or share < pending[0]:
+            return
+        if pending.pop(0) < 1 / 2:
+            threading.Thread(target=machines.add_worker).start()
+        elif not lost:
+            os.kill(machines.busy(worker), signal.SIGKILL)
 
     return disturb
 
@@ -266,8 +310,9 @@ def check_revocation(machines: Machines) -> None:
 
 
 def use_and_wait(url: str, folder: str, *_: str) -> int:
-    """Use the token; then wait for a cue, so that somebody can look at a task that runs."""
+    """Use the token, write down the environment; then wait for a cue, so that somebody can look at a running task."""
     status = current_session().http.get(url).status_code
+    (Path(folder) / f"environment-{os.getpid()}").write_text(repr(dict(os.environ)))
     (Path(folder) / f"begun-{os.getpid()}").touch()
     until((Path(folder) / "cue").exists)
     return status
@@ -276,15 +321,15 @@ def use_and_wait(url: str, folder: str, *_: str) -> int:
 @contextlib.contextmanager
 def running_tasks(
     machines: Machines, server: LoopbackServer, word: str = ""
-) -> Iterator[tuple[AuthenticatedProcessPool, list[bytes]]]:
-    """Run a pool's tasks, one on each of two workers and more behind them; yield the pool and the calls it has sent.
+) -> Iterator[tuple[AuthenticatedProcessPool, dict[str, bytes]]]:
+    """Run a pool's tasks, one on each of two workers, more behind them; yield the pool and what it has sent, by place.
 
     Args:
         machines: Where.
         server: What they use the token at.
         word: Stands in the tasks' arguments and in the workers' environment variables.
     """
-    sent: list[bytes] = []
+    sent = {"sent tasks": b"", "environments of tasks": b""}
     env = {"PLANTED": word} if word else {}
     with (
         tempfile.TemporaryDirectory(prefix="canary-") as folder,
@@ -294,13 +339,14 @@ def running_tasks(
         launch = engine._cluster.launch
 
         def record(calls: Any) -> None:
-            sent.append(pickle.dumps(list(calls)))
+            sent["sent tasks"] += pickle.dumps(list(calls))
             launch(calls)
 
         engine._cluster.launch = record
         futures = [pool.submit(use_and_wait, server.data_url(n, 1000), folder, word) for n in range(6)]
         try:
             until(lambda: len(list(Path(folder).glob("begun-*"))) == 2)
+            sent["environments of tasks"] = b"".join(_contents([Path(folder)]))
             yield pool, sent
         finally:
             (Path(folder) / "cue").touch()
@@ -308,12 +354,12 @@ def running_tasks(
 
 
 def places(
-    machines: Machines, pool: AuthenticatedProcessPool, sent: list[bytes], processes: list[psutil.Process]
+    machines: Machines, pool: AuthenticatedProcessPool, sent: dict[str, bytes], processes: list[psutil.Process]
 ) -> dict[str, bytes]:
     """Return all that is searched for canaries, by place."""
     engine: Any = pool._engine
     return {
-        "sent tasks": b"".join(sent),
+        **sent,
         "sent set-up": engine._setup,
         "environments": b"".join(map(_environment, processes)),
         "files": b"".join(_contents(machines.files())),
@@ -333,6 +379,7 @@ def check_sight(machines: Machines) -> None:
             LoopbackServer() as server,
             machines.plant(beside),
             running_tasks(machines, server, by_pool) as (pool, sent),
+            machines.overfill(beside),
         ):
             seen = places(machines, pool, sent, [*machines.processes(), psutil.Process(bystander.pid)])
     finally:
@@ -347,13 +394,31 @@ def check_sight(machines: Machines) -> None:
     assert not blind, f"the search is blind in: {blind}"
 
 
+def check_own_cluster(engine: str) -> None:
+    """The processes of a cluster that a pool starts for itself do not inherit the secret."""
+    print("a cluster of the pool's own")
+    with (
+        LoopbackServer(client_secret=SECRET) as server,
+        AuthenticatedProcessPool(session_of(server), 2, engine=engine) as pool,
+    ):
+        assert pool.submit(os.getpid).result(PATIENCE)
+        found = [_environment(process) for process in psutil.Process().children(recursive=True)]
+    hits = sum(SECRET.encode() in content for content in found)
+    print(f"  {len(found)} processes, secret in the environment of {hits}")
+    assert any(found)
+    assert not hits
+
+
 def check_canaries(machines: Machines) -> None:
     """Neither secret nor token lies where it must not, while tasks run."""
     print("canaries")
-    secret = "canary-secret-not-real-0815"
-    os.environ["SH_CLIENT_SECRET"] = secret
+    os.environ["SH_CLIENT_SECRET"] = SECRET
     try:
-        with LoopbackServer(client_secret=secret) as server, running_tasks(machines, server) as (pool, sent):
+        with (
+            LoopbackServer(client_secret=SECRET) as server,
+            running_tasks(machines, server) as (pool, sent),
+            machines.overfill("no canary"),
+        ):
             tokens = list(server._issuer._issued)
             assert tokens
             assert pool.stats().tasks_pending
@@ -361,7 +426,7 @@ def check_canaries(machines: Machines) -> None:
     finally:
         del os.environ["SH_CLIENT_SECRET"]
     for place, content in found.items():
-        hits = [content.count(word.encode()) for word in (secret, *tokens)]
+        hits = [content.count(word.encode()) for word in (SECRET, *tokens)]
         print(f"  {place}: {len(content)} bytes, secret {hits[0]} times, token {sum(hits[1:])} times")
         assert content or place == "files", f"there is nothing in the {place}"
         assert not any(hits), f"a canary is in the {place}"
@@ -542,6 +607,11 @@ def main() -> int:
         else:
             check_namespaces(options.seconds)
         return 0
+    # Before anything runs, as in a shell that has exported it.
+    os.environ["SH_CLIENT_SECRET"] = SECRET
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # else a parent finds Ray's token only where it is told auto
+    check_own_cluster(options.cluster)
+    del os.environ["SH_CLIENT_SECRET"]  # what somebody else's cluster inherits is not the pool's to say
     with running_cluster(options.cluster) as machines:
         check_sight(machines)
         check_canaries(machines)

@@ -40,9 +40,7 @@ PATIENCE = 60.0  # s after which something counts as hanging
 class Enforcer:
     """Answer the data service's requests by a token bucket, as rate limiting servers do, and remember them."""
 
-    def __init__(
-        self, server: LoopbackServer, *, rate: float = RATE, burst: float = BURST, retry_after: str = "1"
-    ) -> None:
+    def __init__(self, server: LoopbackServer, *, rate: float = RATE, burst: float = BURST) -> None:
         self.times: list[float] = []  # of requests, by time.monotonic
         self.refused = 0
         self._rate, self._burst = rate, burst
@@ -335,7 +333,8 @@ def main(names: Iterable[str]) -> int:
     for name in names:
         print(f"{name}: {SCENARIOS[name].__doc__}", flush=True)
         kept &= SCENARIOS[name]()
-    left = [child for child in psutil.Process().children(recursive=True) if "tracker" not in " ".join(child.cmdline())]
+    children = psutil.Process().children(recursive=True)
+    left = [child for child in children if "resource_tracker import main" not in " ".join(child.cmdline())]
     return 0 if told(f"{len(left)} processes left", kept=not left) and kept else 1
 
 

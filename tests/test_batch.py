@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import signal
@@ -9,14 +10,19 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from patience import PATIENCE, until
+from interrupting import interrupted
+from patience import PATIENCE, in_time, until
 
 from shpool.batch import JOBS_PER_WORKER, run_batch, worker_count
 from shpool.jobs import Job, JobResult, make_jobs
+from shpool.pool import AuthenticatedProcessPool
 from shpool.retry import Backoff
+from shpool.session import OAuthSession
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from shpool.testing import LoopbackServer
 
 
 class Immediate(Executor):
@@ -132,6 +138,20 @@ def run(
     return list(batch)
 
 
+class CountedPickles:
+    """A function that becomes ``abs`` on its way, and counts its departures."""
+
+    def __init__(self) -> None:
+        self.pickles = 0
+
+    def __call__(self, number: int) -> int:
+        return abs(number)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        self.pickles += 1
+        return functools.partial, (abs,)
+
+
 def test_every_job_has_one_result() -> None:
     results = run(double, 100)
     assert [result.result for result in results] == [2 * number for number in range(100)]
@@ -239,6 +259,61 @@ def test_the_default_window_is_a_few_per_worker() -> None:
     assert len(executor.futures) == JOBS_PER_WORKER * 2
     batch.close()
     assert [future.cancelled() for future in executor.futures[1:]] == [True] * 7
+
+
+def test_the_default_window_grows_while_the_workers_run_dry() -> None:
+    pulled = 0
+
+    def endless() -> Iterator[Job]:
+        nonlocal pulled
+        for pulled in itertools.count(1):
+            yield Job(pulled, "key", (pulled,))
+
+    batch = run_batch(Immediate(), double, endless())
+    ahead = []
+    for taken in range(1, 200):
+        next(batch)
+        ahead.append(pulled - taken)
+    batch.close()
+    assert ahead[0] < JOBS_PER_WORKER
+    assert max(ahead) == 31, "with the one that was taken it makes 32"
+
+
+@pytest.mark.slow
+def test_the_default_window_stays_small_where_results_are_large() -> None:
+    """A writer that is slower than the workers would have 32 of them a worker to keep in memory."""
+    pulled = 0
+
+    def endless() -> Iterator[Job]:
+        nonlocal pulled
+        for pulled in itertools.count(1):
+            yield Job(pulled, "key", (100_000,))
+
+    with AuthenticatedProcessPool(lambda: {"access_token": "invented", "expires_in": 3600}, 1) as pool:
+        batch = run_batch(pool, bytes, endless())
+        ahead = []
+        for taken in range(1, 50):
+            next(batch)
+            newest = batch._newest
+            assert newest is not None
+            until(newest.done)  # the workers have run dry
+            ahead.append(pulled - taken)
+        batch.close()
+    assert max(ahead) < JOBS_PER_WORKER
+
+
+def test_what_was_put_off_can_be_done_before_each_wait() -> None:
+    executor, taken, waits = Queued(), 0, []
+
+    def end_two() -> None:
+        waits.append(taken)
+        for number in (taken, taken + 1):
+            executor.begin(number)
+            executor.end(number)
+
+    for _ in run_batch(executor, double, jobs(6), window=6, before_wait=end_two):
+        taken += 1
+    assert waits == [0, 2, 4], "not while a result was at hand"
 
 
 def test_results_come_as_they_finish() -> None:
@@ -533,3 +608,46 @@ def test_what_is_over_before_anybody_looked_is_not_said_to_have_begun() -> None:
     begun: list[Job] = []
     assert len(list(run_batch(Immediate(), abs, make_jobs("f", [((1,), {})]), begun=begun.append))) == 1
     assert begun == []
+
+
+def session_at(server: LoopbackServer) -> OAuthSession:
+    return OAuthSession(server.token_url, server.client_id, server.client_secret)
+
+
+@pytest.mark.slow
+def test_a_pool_pickles_the_function_of_a_batch_once(server: LoopbackServer) -> None:
+    fn = CountedPickles()
+    with AuthenticatedProcessPool(session_at(server), 1) as pool:
+        results = list(run_batch(pool, fn, make_jobs("abs", (((-n,), {}) for n in range(20)))))
+    assert sorted(result.result for result in results) == list(range(20))
+    assert fn.pickles == 1
+
+
+def test_a_batch_on_a_pool_that_has_ended_is_refused(server: LoopbackServer) -> None:
+    pool = AuthenticatedProcessPool(session_at(server), engine="inline")
+    with pool:
+        batch = run_batch(pool, abs, make_jobs("abs", (((-n,), {}) for n in itertools.count())))
+        assert next(batch).result == 0
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        list(batch)
+
+
+def test_a_stop_that_interrupts_another_is_heard_wherever_it_does() -> None:
+    """As ^C does while the time of --max-time is up: that one waits for ever, this one for nothing."""
+
+    def ends_where_interrupted(step: int) -> bool:
+        held = Held()
+        more: list[bool] = []
+
+        def jobs() -> Iterator[Job]:
+            yield Job(0, "key")
+            held.futures[0].set_running_or_notify_cancel()  # it never ends
+            more.append(interrupted(batch.stop, step, lambda: batch.stop(within=0.0)))
+            if not more[0]:  # it was not interrupted
+                batch.stop(within=0.0)
+
+        batch = run_batch(held, print, jobs())
+        assert in_time(list, batch) == []
+        return more[0]
+
+    assert sum(1 for _ in itertools.takewhile(ends_where_interrupted, itertools.count())) > 0

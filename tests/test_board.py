@@ -43,6 +43,7 @@ from shpool.board import (
     start_time_of,
     sweep_abandoned,
 )
+from shpool.engines.birth import start_process
 from shpool.errors import (
     BoardError,
     BoardInUseError,
@@ -282,13 +283,10 @@ class Descriptor:
 
 
 def ask_worker(code: str, answers: Path, **names: object) -> Any:
-    """Run code in a process that loky spawns, as the crew's are, and return the ``answer`` it made."""
-    from loky.backend import get_context
-
+    """Run code in a process that is started as the crew's are, and return the ``answer`` it made."""
     code += "\nimport json, pathlib\npathlib.Path(path).write_text(json.dumps(answer))"
-    process = get_context("loky").Process(target=exec, args=(code, {"path": str(answers), **names}))
-    process.start()
-    process.join(_PATIENCE)
+    process = start_process(exec, (code, {"path": str(answers), **names}))
+    assert process.await_end(_PATIENCE)
     assert process.exitcode == 0
     return json.loads(answers.read_text())
 
@@ -301,7 +299,6 @@ def test_anonymous_board_is_read_by_a_spawned_worker(board: Board, tmp_path: Pat
     board.post(b"hello", 1.0)
     handle = board.handle()
     assert ask_worker(_READ_IN_WORKER, tmp_path / "answer", reader=handle) == [1, "hello", ""]
-    handle.keep_from_others()
     assert not os.get_inheritable(board._handed_over)
 
 

@@ -110,6 +110,18 @@ def test_a_profile_where_there_are_none_is_not_to_be_chosen(shell: Shell) -> Non
         assert "SH_PROFILE" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "command", [["token"], ["config", "show"], ["config", "set", "max_retries", "3"]], ids=" ".join
+)
+def test_an_empty_profile_is_not_replaced_by_another(shell: Shell, command: list[str]) -> None:
+    assert_told(shell.run(*command, "--profile", ""), 2, "--profile is empty", "leave --profile out")
+    assert not config_file(shell).exists()
+
+
+def test_a_profile_in_a_hint_is_quoted_for_the_shell(shell: Shell) -> None:
+    assert_told(shell.run("token", "--profile", "a b"), 2, "shpool config set NAME VALUE --profile 'a b'")
+
+
 def test_a_profile_that_is_not_there_is_answered_with_those_that_are(shell: Shell) -> None:
     for name in ("mine", "theirs"):
         assert shell.run("config", "set", "max_retries", "3", "--profile", name).returncode == 0
@@ -215,6 +227,12 @@ def test_bad_usage_is_one_error_and_a_hint(shell: Shell, args: list[str], words:
     assert_told(shell.run(*args), 2, words, "--help")
 
 
+@pytest.mark.parametrize("command", [["run"], ["config", "show"]], ids=" ".join)
+def test_the_hint_names_the_command_that_was_meant(shell: Shell, command: list[str]) -> None:
+    for wrong in ("--help=yes", "--profile", "--nonsense"):
+        assert_told(shell.run(*command, wrong), 2, f"hint: shpool {' '.join(command)} --help lists")
+
+
 def test_no_command_is_bad_usage(shell: Shell) -> None:
     done = shell.run()
     assert (done.returncode, done.stdout) == (2, "")
@@ -261,6 +279,28 @@ def test_a_signal_during_the_login_ends_at_once(
     assert process.returncode == code
     assert stdout == ""
     assert len(stderr.splitlines()) == (1 if number == signal.SIGINT else 0)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "class Field:\n    def __set_name__(self, *_):\n        strike()\nclass Owner:\n    field = Field()\n",
+        "class Gone:\n    def __del__(self):\n        strike()\nGone()\n",
+        "import time\nstrike()\ntime.sleep(NEVER)\n",
+    ],
+    ids=["descriptor", "finalizer", "long"],
+)
+def test_a_signal_in_an_import_is_heard_as_one(
+    shell: Shell, server: LoopbackServer, body: str, number: signal.Signals, code: int
+) -> None:
+    """There an exception may be printed and forgotten, or become another one."""
+    head = f"import signal\nNEVER = {NEVER}\ndef strike():\n    signal.raise_signal({int(number)})\n"
+    shell.write("jobs.py", f"{head}{body}def one(n):\n    return n\n")
+    shell.write("in.jsonl", "1\n")
+    done = shell.run("run", "jobs.py:one", "in.jsonl", *shell.log_in_at(server))
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr == ("interrupted\n" if number == signal.SIGINT else "")
 
 
 def test_help_imports_neither_engines_nor_the_http_stack() -> None:

@@ -33,6 +33,12 @@ def test_a_time_that_is_none_is_named(text: str) -> None:
         duration(text)
 
 
+@pytest.mark.parametrize("text", ["1000000001", "9" * 30])
+def test_a_number_without_sense_is_named(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match=f"'{text}' is more than 1000000000"):
+        at_least(0)(text)
+
+
 def test_a_number_of_at_least_so_much_is_read() -> None:
     assert [at_least(0)("0"), at_least(1)("1"), at_least(1)(" 20 ")] == [0, 1, 20]
 

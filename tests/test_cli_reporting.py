@@ -3,15 +3,16 @@ from __future__ import annotations
 import io
 import json
 import threading
+from typing import Any
 
 import pytest
 
 from shpool.progress import Progress
-from shpool_cli.console import CommandError
+from shpool_cli.console import CommandError, ExitCode
 from shpool_cli.output.records import JsonLines, Record
 from shpool_cli.output.results import ResultWriter
 from shpool_cli.output.sinks import StreamSink
-from shpool_cli.reporting import Report
+from shpool_cli.reporting import Ready, Report
 from shpool_cli.summary import Summary
 
 
@@ -111,3 +112,50 @@ def test_threads_do_not_mix_lines_or_counts() -> None:
         thread.join(30)
     assert told.indexes == list(range(400))
     assert told.counts == (400, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("limit", "counts", "code"),
+    [
+        (None, {"done": 5}, ExitCode.OK),
+        (None, {"done": 2, "before": 1, "skipped": 2}, ExitCode.OK),
+        (None, {"done": 4}, ExitCode.FAILED),
+        (4, {"done": 4}, ExitCode.OK),
+        (4, {"done": 3, "failed": 1}, ExitCode.FAILED),
+        (4, {"done": 3, "halted": "stopped"}, ExitCode.FAILED),
+    ],
+)
+def test_all_is_well_only_where_every_job_that_was_asked_for_has_come_to_its_end(
+    limit: int | None, counts: dict[str, Any], code: ExitCode
+) -> None:
+    """Whatever has left one out."""
+    assert Summary(jobs=5, **counts, limit=limit).outcome is code
+
+
+def test_what_is_ready_is_told_together_when_nothing_else_is() -> None:
+    told = Told()
+    with Ready(told.report) as ready:
+        ready.add(record(0))
+        ready.add(record(1))
+        assert told.indexes == []
+        ready.tell()
+        assert told.indexes == [0, 1]
+        ready.tell()
+        ready.add(record(2))
+    assert told.indexes == [0, 1, 2], "the end tells the last"
+
+
+def test_what_is_ready_waits_for_a_few_others_only() -> None:
+    told = Told()
+    ready = Ready(told.report)
+    for index in range(100):
+        ready.add(record(index))
+        assert index - len(told.indexes) < 32
+
+
+def test_a_long_result_does_not_wait_in_memory() -> None:
+    told = Told()
+    ready = Ready(told.report)
+    ready.add(record(0))
+    ready.add(Record(1, "k1", "done", f'"{10_000 * "x"}"', None, 1, 0.1))
+    assert told.indexes == [0, 1]

@@ -45,6 +45,22 @@ class Tile:
     when: dt.date
 
 
+class Listless:
+    def tolist(self) -> list[int]:
+        raise RuntimeError("no list")
+
+
+class MuteError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+def unset() -> Tile:
+    tile = Tile(1, dt.date(2024, 5, 1))
+    del tile.when
+    return tile
+
+
 def done(value: object) -> JobResult:
     return JobResult(3, "k3", "done", value, None, 1, 0.25)
 
@@ -73,6 +89,8 @@ def test_a_failed_job_has_its_error_in_words() -> None:
         (np.float32(0.5), 0.5),
         (np.int64(7), 7),
         (np.bool_(1), True),
+        (np.longdouble("0.5"), 0.5),
+        (np.array([0.5, np.nan], np.longdouble), [0.5, None]),
         (np.arange(3), [0, 1, 2]),
         (np.array([[1.5, np.nan]]), [[1.5, None]]),
         (dt.date(2024, 5, 1), "2024-05-01"),
@@ -97,12 +115,24 @@ def test_what_functions_return_becomes_json(value: object, form: object) -> None
     assert json.loads(to_json(value)) == form
 
 
-@pytest.mark.parametrize("value", [object(), {(1, 2): 3}, [lambda: 0], Tile])
+@pytest.mark.parametrize("value", [object(), {(1, 2): 3}, [lambda: 0], Tile, Listless(), unset(), np.clongdouble(1)])
 def test_a_result_without_a_json_form_is_a_failed_job(value: object) -> None:
     kept, line = written(done(value))
     assert kept.status == line["status"] == "failed"
     assert "the result of job k3 has no JSON form" in line["error"]
     assert kept.result is None
+
+
+def test_what_a_result_raises_while_it_is_written_is_the_jobs_error() -> None:
+    error = written(done(Listless()))[1]["error"]
+    expected = "the result of job k3 has no JSON form: RuntimeError: no list; return plain values"
+    assert error == f"TypeError: {expected}"
+
+
+def test_an_error_without_a_text_is_written() -> None:
+    kept, line = written(JobResult(4, "k4", "failed", None, MuteError(), 2, 0.25))
+    assert kept.status == line["status"] == "failed"
+    assert line["error"] == "MuteError: (it has no text: its __str__ raised RuntimeError)"
 
 
 def test_a_result_that_contains_itself_is_a_failed_job() -> None:

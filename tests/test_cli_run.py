@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-from cli_shell import PATIENCE, Shell, assert_told, records
+from cli_shell import PATIENCE, Shell, assert_told, lines_on_terminal, records
 
 if TYPE_CHECKING:
     import subprocess
@@ -121,6 +121,18 @@ def test_standard_input_is_json_lines(shell: Shell, server: LoopbackServer) -> N
     assert [record["result"] for record in records(done.stdout)] == [3, 5]
 
 
+def test_standard_input_that_finds_no_room_or_cannot_be_read_is_told(shell: Shell) -> None:
+    """A limit on the size of files stands for a full disk, what can be opened and not read, for a disk that fails."""
+    for line, words in (
+        (
+            'export PYTHONDONTWRITEBYTECODE=1; ulimit -f 4; seq 100000 | "$@"',
+            ("standard input: cannot be copied to a temporary file: ", "in TMPDIR"),
+        ),
+        ('"$@" < /proc/self/mem', ("standard input: cannot be read: Input/output error", "give a file")),
+    ):
+        assert_told(shell.sh(line, "run", "tiles:double", "-"), 2, *words)
+
+
 def test_failed_jobs_are_recorded_and_exit_1(shell: Shell, server: LoopbackServer) -> None:
     done = shell.run("run", "tiles:fail_odd", "three.jsonl", "-w", "1", *shell.log_in_at(server))
     assert done.returncode == 1
@@ -142,6 +154,15 @@ def test_a_result_without_a_json_form_is_a_failed_job(shell: Shell, server: Loop
     assert done.returncode == 1
     failed = records(done.stdout)[1]
     assert f"the result of job {failed['key']} " in failed["error"]
+
+
+def test_a_result_that_cannot_travel_is_named_as_the_function_returned_it(shell: Shell, server: LoopbackServer) -> None:
+    shell.write("lazy.py", "def squares(number):\n    return (n * n for n in range(number))\n")
+    done = shell.run("run", "lazy:squares", "three.jsonl", "-w", "1", *shell.log_in_at(server))
+    assert done.returncode == 1
+    (error,) = {record["error"].partition(" at 0x")[0] for record in records(done.stdout)}
+    words = "the task's result cannot travel between processes: <generator object squares.<locals>.<genexpr>"
+    assert error == f"UnpicklableError: {words}"
 
 
 def test_the_summary_goes_to_stdout_when_the_results_do_not(shell: Shell, server: LoopbackServer) -> None:
@@ -166,6 +187,25 @@ def test_the_bar_is_drawn_on_stderr_when_asked_for(shell: Shell, server: Loopbac
     assert "3/3" in done.stderr
     assert "token 3" in done.stderr, "seconds left of an hour"
     assert len(records(done.stdout)) == 3
+
+
+@pytest.mark.parametrize("option", [[], ["--ordered"]], ids=["", "ordered"])
+def test_results_and_the_bar_share_a_terminal(shell: Shell, server: LoopbackServer, option: list[str]) -> None:
+    """Each result has a line of its own, and nothing of the bar is left in it."""
+    done = shell.run_on_terminal("run", "operator:neg", "three.jsonl", "-w", "1", *option, *shell.log_in_at(server))
+    assert done.returncode == 0, done.stdout
+    shown = lines_on_terminal(done.stdout)
+    assert [record["result"] for record in records("\n".join(shown[:3]))] == [0, -1, -2], done.stdout
+    assert "neg 100%|" in shown[3]
+    assert "| 3/3 [" in shown[3]
+    assert shown[4].startswith("3 jobs, 0 failed, ")
+
+
+def test_jobs_may_be_typed_and_end_with_one_keystroke(shell: Shell, server: LoopbackServer) -> None:
+    done = shell.run_on_terminal("run", "operator:neg", "-", "-w", "1", *shell.log_in_at(server), keys=b"5\n7\n\x04")
+    assert done.returncode == 0, done.stdout
+    assert '"result": -5' in done.stdout
+    assert "2 jobs, 0 failed, " in done.stdout
 
 
 def test_equal_calls_have_equal_keys_in_every_run(shell: Shell, server: LoopbackServer) -> None:
@@ -371,7 +411,9 @@ def test_the_secret_is_in_no_argument_and_no_environment_of_a_worker(shell: Shel
         wait_for((shell.folder / "begun-1").exists)
         children = psutil.Process(process.pid).children(recursive=True)
         seen = [
-            (child.environ(), child.cmdline()) for child in children if "resource_tracker" not in str(child.cmdline())
+            (child.environ(), child.cmdline())
+            for child in children
+            if "resource_tracker import main" not in str(child.cmdline())
         ]
         os.kill(process.pid, signal.SIGTERM)
         end(process)

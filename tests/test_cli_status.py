@@ -321,6 +321,30 @@ def test_a_killed_run_was_cut_off_and_tells_how_to_resume(shell: Shell) -> None:
     assert facts["jobs"] == "1 done, 0 failed, 0 running, 1 cut off, 98 not begun"
 
 
+@pytest.mark.parametrize(
+    ("options", "is_begun", "resumed"),
+    [
+        ("--journal run.db --fresh", False, "--journal run.db"),
+        ("--only-failed --journal run.db", False, "--journal run.db"),
+        ("--only-failed --journal run.db", True, "--only-failed --journal run.db"),
+        ("--fresh --journal run.db -- --fresh", True, "--journal run.db -- --fresh"),
+        ("--journal '--fresh it.db'", True, "--journal '--fresh it.db'"),
+        ("--journal it's.db --fresh", True, "--journal it's.db --fresh"),  # no shell would take that
+    ],
+)
+def test_the_command_that_resumes_neither_forgets_what_is_done_nor_leaves_out_what_is_left(
+    path: Path, options: str, resumed: str, *, is_begun: bool
+) -> None:
+    command = "shpool run tiles:fetch 'my tiles.jsonl'"
+    with Journal(path, TARGET, command=f"{command} {options}") as journal:
+        journal.note(jobs=2 if is_begun else 3, exit_code=143)
+        record(journal, 0)
+        record(journal, 1, error=ValueError("no data"))
+    view = JournalView(path)
+    assert told("\n".join(report_lines(view.summary(), BEGAN)))["resume"] == f"{command} {resumed}"
+    assert view.summary().runs[-1].command == f"{command} {options}"
+
+
 def test_a_watch_in_a_pipe_repeats_plain_reports_until_the_run_has_ended(shell: Shell) -> None:
     with live_run(shell) as run, shell.start("status", "--watch", "0.1", "run.db") as watch:
         assert watch.stdout is not None

@@ -153,8 +153,9 @@ def test_a_clock_that_was_not_reached_is_forgotten(batch: FakeBatch) -> None:
 
 
 def test_the_first_reason_is_the_reason(batch: FakeBatch) -> None:
-    with stopper(batch, "now", seconds=0.01) as stopping:
-        stopping.note_failures(1)
+    stopping = stopper(batch, "now", seconds=0.01)
+    stopping.note_failures(1)
+    with stopping:  # the clock begins
         until(lambda: len(batch.told) == 2)
     assert stopping.reason == "halted after 1 failed job"
 

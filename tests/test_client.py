@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import requests
+from patience import PATIENCE
 
-from shpool.client import BearerAuth, HTTPClient
+from shpool.auth import BearerAuth
+from shpool.client import HTTPClient
 from shpool.errors import InsecureUrlError, TokenUnavailableError
 from shpool.testing import LoopbackServer, tile_bytes
 from shpool.tokens import SYSTEM_CLOCK, Token, token_from_response
@@ -54,6 +56,7 @@ class Echo:
         self.seen: list[tuple[str, str | None, bytes]] = []
         self.redirect_to = ""
         self.failures: list[int] = []  # statuses that the next requests are answered
+        self.retry_after = ""  # said with these
 
     @contextlib.contextmanager
     def running(self) -> Iterator[str]:
@@ -74,10 +77,12 @@ class Echo:
                     self.send_header("Location", redirect)
                 elif not is_known:
                     self.send_header("WWW-Authenticate", echo.refusal)
+                if failure and echo.retry_after:
+                    self.send_header("Retry-After", echo.retry_after)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
-            do_POST = do_GET  # noqa: N815 - the name http.server looks for
+            do_POST = do_PUT = do_PATCH = do_GET  # noqa: N815 - the names http.server looks for
 
             def log_message(self, *args: object) -> None:
                 pass
@@ -141,6 +146,53 @@ def test_without_a_newer_token_the_error_says_so() -> None:
     holder = Holder("invented-a")
     with Echo().running() as url, HTTPClient(holder) as http, pytest.raises(TokenUnavailableError, match="refused"):
         http.get(url)
+
+
+@pytest.mark.parametrize(
+    ("method", "status", "retry_after", "attempts"),
+    [
+        ("POST", 429, "20", 2),
+        ("POST", 429, "", 2),
+        ("POST", 503, "20", 2),
+        ("PATCH", 429, "20", 2),
+        ("PATCH", 503, "20", 2),
+        ("PUT", 500, "", 2),
+        ("POST", 503, "", 1),
+        ("POST", 413, "20", 1),
+        ("POST", 500, "20", 1),
+        ("PATCH", 502, "", 1),
+    ],
+)
+def test_what_might_have_been_done_is_sent_again_only_when_the_server_did_not_take_it_up(
+    method: str, status: int, retry_after: str, attempts: int
+) -> None:
+    """RFC 6585, section 4, and RFC 9110, section 15.6.4."""
+    echo, body = Echo("invented-a"), io.BytesIO(b"skipped and sent")
+    body.seek(12)
+    echo.failures, echo.retry_after = [status], retry_after
+    with echo.running() as url, HTTPClient(Holder("invented-a"), "ms") as http:
+        assert http.request(method, url, data=body).status_code == (status if attempts == 1 else 200)
+    assert [sent for _, _, sent in echo.seen] == [b"sent"] * attempts
+
+
+def test_refusals_without_end_are_the_callers() -> None:
+    echo = Echo("invented-a")
+    echo.failures, echo.retry_after = [429] * 9, "1"
+    with echo.running() as url, HTTPClient(Holder("invented-a"), "ms") as http:
+        assert http.post(url, data=b"body").status_code == 429
+    assert [sent for _, _, sent in echo.seen] == [b"body"] * 4
+
+
+@pytest.mark.parametrize(("method", "status"), [("POST", 429), ("PUT", 503)])
+def test_a_body_that_can_be_read_once_is_sent_once(method: str, status: int) -> None:
+    """A second attempt would send what is left of it, which is nothing."""
+    echo = Echo("invented-a")
+    echo.failures, echo.retry_after = [status], "20"
+    with echo.running() as url, HTTPClient(Holder("invented-a"), "ms") as http:
+        # A length, since the little server reads no chunks.
+        answer = http.request(method, url, data=iter([b"once"]), headers={"Content-Length": "4"}, timeout=PATIENCE)
+    assert answer.status_code == status
+    assert [sent for _, _, sent in echo.seen] == [b"once"]
 
 
 def test_a_file_is_sent_again_from_where_it_stood() -> None:

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 import os
 import random
 import resource
@@ -16,12 +17,14 @@ import threading
 import time
 from concurrent.futures import ALL_COMPLETED, CancelledError, Future, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import psutil
 import pytest
 from patience import NEVER, PATIENCE, until
 from pool_tasks import (
+    Tally,
     Unpicklable,
     add,
     begin_and_wait,
@@ -51,6 +54,8 @@ from pool_tasks import (
 
 from shpool.engines.base import Task
 from shpool.engines.crew import Crew
+from shpool.engines.member import Member
+from shpool.engines.serve import RECEIVE_SIZE, Kind, encode
 from shpool.engines.setup import WorkerSetup
 from shpool.errors import (
     InitializerError,
@@ -59,11 +64,15 @@ from shpool.errors import (
     UnpicklableError,
     WorkerLostError,
 )
-from shpool.lazymap import LazyMap, MapOptions
+from shpool.lazymap import LazyMap
+from shpool.mapsizes import MapOptions
 from shpool.retry import Backoff, RetryPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from shpool.engines.birth import WorkerProcess
+    from shpool.engines.serve import Message
 
 pytestmark = pytest.mark.slow  # worker processes take a quarter of a second to start
 
@@ -197,6 +206,23 @@ def test_workers_forget_functions_when_there_are_many() -> None:
         assert 1 < result(crew, functions_held) <= 129
 
 
+def held_bytes() -> int:
+    """Return the size of what the serve loop around this call keeps of functions."""
+    frame = sys._getframe()
+    while frame.f_code.co_name != "serve":
+        assert frame.f_back is not None
+        frame = frame.f_back
+    return sum(len(kept) for kept in frame.f_locals["functions"].values() if isinstance(kept, bytes))
+
+
+def test_workers_forget_large_functions_soon(crew: Crew) -> None:
+    """A closure of some megabytes made anew for each call must not fill the memory."""
+    for number in range(20):
+        blob = bytes([number]) * 3_000_000
+        assert all(future.result(PATIENCE) for future in [submit(crew, lambda: len(blob)) for _ in range(4)])  # noqa: B023 - called in this very round
+    assert max(result(crew, held_bytes) for _ in range(20)) < 9_000_000
+
+
 def test_calls_of_many_functions_under_way_at_once_keep_theirs(crew: Crew) -> None:
     futures = [submit(crew, lambda number=number: number) for number in range(600)]
     assert [future.result(PATIENCE) for future in futures] == list(range(600))
@@ -314,6 +340,26 @@ def test_a_worker_killed_while_idle_costs_no_task() -> None:
         assert crew.tally.failed == 0
 
 
+def test_what_a_lost_worker_has_answered_counts_also_where_a_send_is_what_meets_its_end() -> None:
+    """Else its last answers would be dropped, and the error would name a task that had ended."""
+    ours, theirs = socket.socketpair()
+    recalled, recall = os.pipe()
+    process = SimpleNamespace(pid=4711)
+    member = Member(cast("WorkerProcess", process), ours, recall, memoryview(bytearray(RECEIVE_SIZE)), None)
+    ours.setblocking(False)
+    try:
+        theirs.sendall(b"".join(encode(Kind.RESULT, number) for number in (1, 2)))
+        theirs.close()
+        member.put(encode(Kind.CALL, 3))
+        member.flush()
+        assert (member.is_gone, [message.number for message in member.receive()]) == (False, [1, 2])
+        assert (member.receive(), member.is_gone, member.died_unread) == ([], True, True)
+    finally:
+        theirs.close()
+        os.close(recalled)
+        member.let_go()
+
+
 def test_tasks_sent_to_workers_that_are_just_dying_run_elsewhere() -> None:
     """No time passes between the signal and the task."""
     with running(2) as crew:
@@ -389,6 +435,16 @@ def test_a_crew_ends_although_a_task_left_a_process_behind() -> None:
             assert not is_gone(grandchild)
         finally:
             os.kill(grandchild, signal.SIGKILL)
+
+
+def is_loaded(name: str) -> bool:
+    return name in sys.modules
+
+
+def test_a_worker_does_not_load_loky() -> None:
+    """That would take it longer than all else it loads."""
+    with running(1) as crew:
+        assert not result(crew, is_loaded, "loky")
 
 
 def test_workers_that_cannot_even_start_end_the_crew(tmp_path: Path) -> None:
@@ -539,6 +595,82 @@ def test_shutdown_finishes_what_waits_for_another_attempt(tmp_path: Path) -> Non
         crew.shutdown()
         assert crew.join(PATIENCE)
         assert future.result(0) == 17
+
+
+class _PassingError(ConnectionError):
+    retry_after = NEVER
+
+
+def fail_for_a_while(number: int) -> int:
+    if number:
+        raise _PassingError
+    return number
+
+
+def test_shutdown_waits_for_no_other_attempt_that_is_not_wanted_any_more() -> None:
+    """Nobody takes the results of a map that was closed, or whose time was up."""
+    with running(1) as crew:
+        closed = mapped(crew, fail_for_a_while, [0, 1, 2, 3], retries=2, chunksize=2)
+        assert next(closed) == 0
+        late = mapped(crew, fail_for_a_while, [1, 2], retries=2, chunksize=2, timeout=0.5)
+        with pytest.raises(TimeoutError):
+            next(late)
+        closed.close()  # type: ignore[attr-defined]  # a generator
+        crew.shutdown()
+        assert crew.join(PATIENCE)
+
+
+@pytest.mark.parametrize("options", [{"chunksize": 1}, {"task_timeout": NEVER}])
+def test_what_has_run_gets_no_other_attempt_once_its_map_is_closed(options: dict[str, Any]) -> None:
+    """It cannot be cancelled any more, and yet nobody takes its result."""
+    with running(2) as crew:
+        closed = mapped(crew, fail_for_a_while, range(6), retries=3, **options)
+        assert next(closed) == 0
+        until(lambda: crew.tally.retried >= 2)
+        closed.close()  # type: ignore[attr-defined]  # a generator
+        until(lambda: crew.backlog == 0)  # the pool lives on
+        late = mapped(crew, fail_for_a_while, range(1, 6), retries=3, timeout=0.5, **options)
+        with pytest.raises(TimeoutError):
+            next(late)
+        crew.shutdown()
+        assert crew.join(PATIENCE)
+
+
+def fail_below_9_for_a_while(number: int) -> int:
+    return fail_for_a_while(number) if number < 9 else number
+
+
+@pytest.mark.parametrize("options", [{}, {"chunksize": 1}, {"task_timeout": NEVER}])
+def test_an_unordered_map_goes_on_while_more_than_its_window_waits_for_other_attempts(options: dict[str, Any]) -> None:
+    """Of items that go in batches, and of such as go one by one."""
+    with running(2) as crew:
+        lazy = LazyMap(
+            crew,
+            fail_below_9_for_a_while,
+            (itertools.count(1),),
+            MapOptions(policy=quickly(2), timeout=PATIENCE, **options),
+        )
+        results = lazy.as_completed()
+        assert min(itertools.islice(results, 200)) > 8
+        results.close()  # type: ignore[attr-defined]  # a generator
+
+
+def fail_at_the_cue(started: str, cue: str) -> None:
+    begin_and_wait(started, cue)
+    raise _PassingError
+
+
+def test_an_attempt_that_runs_when_its_map_is_closed_is_the_last(tmp_path: Path) -> None:
+    """It ends by itself; the pool does not wait for another one."""
+    started, cue = tmp_path / "started", tmp_path / "cue"
+    with running(1) as crew:
+        closed = mapped(crew, functools.partial(fail_at_the_cue, str(started)), [str(cue)], retries=3, chunksize=1)
+        until(started.exists)
+        closed.close()  # type: ignore[attr-defined]  # a generator
+        cue.touch()
+        crew.shutdown()
+        assert crew.join(PATIENCE)
+        assert (crew.tally.failed, crew.tally.retried) == (1, 0)
 
 
 def test_cancelling_shutdown_finishes_what_runs_and_cancels_the_rest(tmp_path: Path) -> None:
@@ -760,6 +892,27 @@ def test_failing_tasks_leave_the_tally_right() -> None:
         assert (crew.tally.done, crew.tally.failed, crew.tally.retried) == (1, 3, 0)
 
 
+# What carries a state
+
+
+@pytest.mark.parametrize("chunksize", [None, 1, 7])
+def test_a_map_unpickles_its_function_once_in_each_worker(tmp_path: Path, chunksize: int | None) -> None:
+    """However large what it holds is, and however small the batches are."""
+    with running(2) as crew:
+        for maps in (1, 2):
+            counts = list(mapped(crew, Tally(str(tmp_path)).count, range(60), chunksize=chunksize))
+            workers = counts.count(1)  # those that took part each began to count
+            assert workers in {1, 2}
+            assert sum(1 for _ in tmp_path.iterdir()) <= 2 * maps
+
+
+def test_submit_unpickles_a_function_for_each_call(tmp_path: Path) -> None:
+    """None meets what another one has left in it."""
+    count = Tally(str(tmp_path)).count
+    with running() as crew:
+        assert [result(crew, count, number) for number in range(3)] == [1, 1, 1]
+
+
 # Stopping one task
 
 
@@ -810,6 +963,136 @@ def test_a_task_sent_ahead_can_be_terminated_without_harm_to_the_one_before_it(t
         cue.touch()
         assert [before.result(PATIENCE), after.result(PATIENCE)] == [2, 6]
         assert crew.tally.workers_lost == 0
+
+
+def note_and_await(folder: str, number: int) -> int:
+    """Leave a file for each run; 0 and 1 then wait for a file of theirs."""
+    Path(folder, f"{number}-{time.monotonic_ns()}").touch()
+    if number in {0, 1}:
+        until(Path(folder, f"end of {number}").exists)
+    return number
+
+
+def submit_in_a_row(
+    crew: Crew, folder: Path, numbers: list[int], limits: tuple[float | None, float | None] = (None, None)
+) -> tuple[list[Future[int]], int]:
+    """Submit calls that are taken for tiny to the one worker; return how many of them it has been sent."""
+    ready(crew)
+    (member,) = crew._members.values()
+    with crew._lock:
+        crew._dispatch._paces[crew.prepare(note_and_await).key] = 1e-4
+        futures = [submit(crew, note_and_await, str(folder), numbers[0], timeout=limits[0])]
+        member.head_since = math.inf  # however slow the machine is, it has only just begun
+        futures += [submit(crew, note_and_await, str(folder), number, timeout=limits[1]) for number in numbers[1:]]
+        return futures, len(member.flights)
+
+
+def test_a_task_that_ends_just_when_it_is_terminated_takes_none_along(tmp_path: Path) -> None:
+    """The kill would hit the one after it, which may have begun and would run twice."""
+    with running() as crew:
+        futures, sent = submit_in_a_row(crew, tmp_path, list(range(5)))
+        assert sent > 1
+        until(lambda: list(tmp_path.glob("0-*")))
+        with crew._lock:  # so that the answer stays unread
+            (tmp_path / "end of 0").touch()
+            until(lambda: list(tmp_path.glob("1-*")))
+            crew.terminate(futures[0])
+        (tmp_path / "end of 1").touch()
+        assert [future.result(PATIENCE) for future in futures] == list(range(5))
+        assert [len(list(tmp_path.glob(f"{number}-*"))) for number in range(5)] == [1] * 5
+        assert crew.tally.workers_lost == 0
+
+
+def begin_and_fail(folder: str) -> None:
+    """Leave a file for each run, await a cue, and fail for a passing reason."""
+    Path(folder, f"run-{time.monotonic_ns()}").touch()
+    until(Path(folder, "cue").exists)
+    raise ConnectionError
+
+
+def test_a_task_that_fails_just_when_it_is_terminated_does_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running() as crew:
+        future = submit(crew, begin_and_fail, str(tmp_path), retries=3)
+        until(lambda: list(tmp_path.glob("run-*")))
+        (member,) = crew._members.values()
+        receive, received = member.receive, threading.Event()
+
+        def receive_and_tell() -> list[Message]:
+            messages = receive()
+            received.set()
+            return messages
+
+        monkeypatch.setattr(member, "receive", receive_and_tell)
+        with crew._lock:  # so that nothing becomes of the answer yet
+            (tmp_path / "cue").touch()
+            assert received.wait(PATIENCE)
+            assert crew.terminate(future)
+        assert isinstance(future.exception(PATIENCE), TaskTerminatedError)
+        assert crew.tally.retried == 0
+
+
+def test_what_is_sent_behind_a_task_after_another_was_had_back_is_had_back_too(tmp_path: Path) -> None:
+    """Else it would wait for that task's end, beside an idle worker."""
+    with running(2) as crew:
+        ready(crew)
+        crew._dispatch._paces[crew.prepare(note_and_await).key] = 1e-4
+
+        def sent(number: int) -> Future[int]:
+            with crew._lock:
+                future: Future[int] = submit(crew, note_and_await, str(tmp_path), number)
+                for member in crew._members.values():
+                    member.head_since = math.inf  # however slow the machine is, it has only just begun
+            return future
+
+        heads = [sent(0), sent(1)]
+        until(lambda: len(list(tmp_path.iterdir())) == 2)
+        behind = sent(2)
+        assert behind.running()
+        assert crew.terminate(behind)
+        assert isinstance(behind.exception(PATIENCE), TaskTerminatedError)
+        after = sent(3)
+        assert after.running()
+        with crew._lock:
+            busy = next(
+                number
+                for member in crew._members.values()
+                if len(member.flights) == 2
+                for number, head in enumerate(heads)
+                if member.flights[0].future is head
+            )
+            for member in crew._members.values():
+                member.head_since = 0.0
+        (tmp_path / f"end of {1 - busy}").touch()
+        assert after.result(PATIENCE) == 3
+        assert not heads[busy].done()
+        (tmp_path / f"end of {busy}").touch()
+
+
+def test_a_terminated_task_with_others_behind_it_is_stopped_alone(tmp_path: Path) -> None:
+    """They come back first, and run elsewhere."""
+    with running() as crew:
+        futures, sent = submit_in_a_row(crew, tmp_path, [0, 2, 3, 4])
+        assert sent > 1
+        until(lambda: list(tmp_path.glob("0-*")))
+        assert crew.terminate(futures[0])
+        with pytest.raises(TaskTerminatedError):
+            futures[0].result(PATIENCE)
+        assert [future.result(PATIENCE) for future in futures[1:]] == [2, 3, 4]
+        assert [len(list(tmp_path.glob(f"{number}-*"))) for number in (0, 2, 3, 4)] == [1] * 4
+
+
+@pytest.mark.parametrize("limits", [(NEVER, None), (None, NEVER), (NEVER, NEVER)])
+def test_nothing_is_sent_to_a_worker_beside_a_task_with_a_timeout(
+    tmp_path: Path, limits: tuple[float | None, float | None]
+) -> None:
+    """Whose worker is killed when it is late: one that had begun by then would run twice."""
+    with running() as crew:
+        futures, sent = submit_in_a_row(crew, tmp_path, [0, *[2] * 5], limits)
+        assert sent == 1
+        (tmp_path / "end of 0").touch()
+        assert [future.result(PATIENCE) for future in futures] == [0, *[2] * 5]
 
 
 def test_a_task_that_waits_for_another_attempt_can_be_terminated() -> None:
@@ -988,6 +1271,45 @@ def test_a_batchs_parts_come_together_in_order() -> None:
     assert [number for index, number in enumerate(batch.results) if index != 5] == [0, 1, 2, 3, 4, 6, 7, 8]
     assert {index: type(error) for index, error in batch.errors.items()} == {5: ValueError}
     assert batch.lost is None
+
+
+class Unreadable:
+    """Cannot be unpickled where it was not made.
+
+    Args:
+        error: What that raises.
+    """
+
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return rebuild, (os.getpid(), self.error)
+
+
+def rebuild(pid: int, error: type[BaseException]) -> Unreadable:
+    if pid != os.getpid():
+        msg = "cannot be read here"
+        raise error(msg)
+    return Unreadable(error)
+
+
+def nap_or_be_unreadable(error: type[BaseException], number: int) -> object:
+    time.sleep(0.03)
+    return Unreadable(error) if number == 3 else number
+
+
+@pytest.mark.parametrize("error", [MemoryError, SystemExit])
+def test_a_part_that_cannot_be_read_moves_no_result_to_another_item(error: type[BaseException]) -> None:
+    call = functools.partial(nap_or_be_unreadable, error)
+    with running(1) as crew:
+        batch = crew.submit(Task(crew.prepare(call), list(range(10)), batch=True)).result(PATIENCE)
+        assert batch.results == list(range(len(batch.results)))
+        assert len(batch.results) <= 3
+        results = LazyMap(crew, call, (range(10),), MapOptions(chunksize=10)).in_order()
+        assert [next(results), next(results), next(results)] == [0, 1, 2]
+        with pytest.raises(UnpicklableError, match="cannot be read here"):
+            next(results)
 
 
 def fail_or_nap(number: int) -> int:

@@ -20,6 +20,7 @@ from patience import PATIENCE, in_time, until
 from pool_tasks import (
     access_token,
     begin_and_wait,
+    begin_and_wait_or_double,
     die_once,
     double,
     environment,
@@ -33,6 +34,7 @@ from pool_tasks import (
 )
 
 from shpool import AuthenticatedProcessPool, DaskEngine, OAuthSession, SHUserWarning, current_session
+from shpool.engines.remote import RemoteEngine
 from shpool.errors import (
     ClusterUnreachableError,
     MissingExtraError,
@@ -43,8 +45,20 @@ from shpool.errors import (
 )
 from shpool.testing import LoopbackServer, tile_bytes
 
+dask_calls = pytest.importorskip("shpool.engines.dask_calls", exc_type=ImportError)
+dask_cluster = pytest.importorskip("shpool.engines.dask_cluster", exc_type=ImportError)
+dask_link = pytest.importorskip("shpool.engines.dask_link", exc_type=ImportError)
+dask_stay = pytest.importorskip("shpool.engines.dask_stay", exc_type=ImportError)
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from shpool.engines.cluster import Events
+    from shpool.engines.dask_cluster import DaskCluster
+    from shpool.engines.dask_link import Link
+    from shpool.engines.dask_stay import Stay
+else:
+    DaskCluster, Stay = dask_cluster.DaskCluster, dask_stay.Stay
 
 pytestmark = [*needs_dask, pytest.mark.slow]
 
@@ -163,6 +177,26 @@ def test_a_task_sent_before_there_is_a_worker_runs_no_more_often(server: Loopbac
         assert pool.stats().workers_lost == 2
 
 
+def test_a_cluster_without_workers_says_so(
+    server: LoopbackServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dask_calls, "_ALONE_AFTER", 0.1)
+    with (
+        DaskProcesses(0) as processes,
+        AuthenticatedProcessPool(session_at(server), engine=DaskEngine(processes.address)) as pool,
+    ):
+        future = pool.submit(double, 4)
+        mapped = pool.map(double, range(10))
+        assert (pool.stats().workers, pool.max_workers) == (0, 0)
+        assert "running, 0 dask workers, " in repr(pool)
+        until(lambda: "tasks wait for a worker" in caplog.text)
+        assert f"start one (dask worker {processes.address})" in caplog.text
+        processes.add_worker()
+        assert (future.result(PATIENCE), list(mapped)) == (8, list(range(0, 20, 2)))
+        assert pool.stats().workers == 1
+        assert caplog.text.count("tasks wait for a worker") == 1
+
+
 def test_what_runs_on_a_retired_worker_runs_again(server: LoopbackServer, tmp_path: Path) -> None:
     from distributed import Client
 
@@ -216,7 +250,79 @@ def test_a_map_survives_a_lost_worker(
         assert list(pool.map(work, range(40), chunksize=chunksize)) == list(range(40))
 
 
+def test_a_worker_that_is_sent_away_takes_no_more_along_than_it_runs(
+    own: DaskProcesses, server: LoopbackServer, tmp_path: Path
+) -> None:
+    def work(number: int, folder: str = str(tmp_path)) -> int:
+        note_run(folder, number)
+        time.sleep(0.02)
+        return number
+
+    leaves = own.add_worker()
+    with AuthenticatedProcessPool(session_at(server), engine=DaskEngine(own.address)) as pool:
+        wait([pool.submit(work, number) for number in range(2)], PATIENCE)
+        futures = [pool.submit(work, number) for number in range(2, 60)]
+        until(lambda: len(list(tmp_path.iterdir())) > 10)
+        leaves.terminate()
+        errors = [future.exception(PATIENCE) for future in futures]
+        lost = [error for error in errors if error is not None]
+        assert len(lost) <= 3  # what ran, and answers that nobody had fetched
+        assert {type(error) for error in lost} <= {WorkerLostError}
+        assert len(list(tmp_path.iterdir())) in {60, 61}  # what it ran goes again if Dask expected the worker's end
+
+
+def test_a_large_answer_is_lost_with_its_worker(own: DaskProcesses, server: LoopbackServer, tmp_path: Path) -> None:
+    """It had ended, but may not run again."""
+
+    def work(number: int, folder: str = str(tmp_path)) -> bytes:
+        note_run(folder, number)
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return bytes(300_000)
+
+    with AuthenticatedProcessPool(session_at(server), engine=DaskEngine(own.address)) as pool:
+        pool.submit(work, 0).result(PATIENCE)
+        futures = [pool.submit(work, number) for number in range(1, 10)]
+        errors = {type(future.exception(PATIENCE)) for future in futures[:2]}
+        assert errors <= {WorkerLostError, type(None)}
+        assert [len(future.result(PATIENCE)) for future in futures[2:]] == [300_000] * 7
+        assert len(list(tmp_path.iterdir())) == 10
+
+
+def test_nothing_waits_behind_a_long_task_while_another_worker_is_idle(
+    pool: AuthenticatedProcessPool, tmp_path: Path
+) -> None:
+    wait([pool.submit(double, number) for number in range(100)], PATIENCE)  # the pace is known, and calls go ahead
+    begun, cue = str(tmp_path / "begun"), str(tmp_path / "cue")
+    futures = [
+        pool.submit(begin_and_wait_or_double, begun if number == 10 else "", cue, number) for number in range(100)
+    ]
+    long = futures.pop(10)
+    assert [future.result(PATIENCE) for future in futures] == [2 * n for n in range(100) if n != 10]
+    assert not long.done()
+    leave_mark(cue)
+    assert long.result(PATIENCE) == 20
+
+
 # Time
+
+
+@pytest.mark.parametrize("victim", [0, 30])
+def test_what_has_just_begun_behind_others_is_really_stopped(
+    pool: AuthenticatedProcessPool, tmp_path: Path, victim: int
+) -> None:
+    wait([pool.submit(double, number) for number in range(100)], PATIENCE)
+    begun, cue = tmp_path / "begun", str(tmp_path / "never")
+    futures = [
+        pool.submit(begin_and_wait_or_double, str(begun) if number == victim else "", cue, number)
+        for number in range(60)
+    ]
+    until(begun.exists)
+    assert pool.terminate(futures[victim])
+    assert isinstance(futures.pop(victim).exception(PATIENCE), TaskTerminatedError)
+    until(lambda: not Path(f"/proc/{begun.read_text()}").exists())
+    assert [future.result(PATIENCE) for future in futures] == [2 * n for n in range(60) if n != victim]
+    until(lambda: pool.max_workers == 2)
 
 
 def test_a_task_beyond_its_time_is_stopped_with_its_worker(pool: AuthenticatedProcessPool, tmp_path: Path) -> None:
@@ -227,7 +333,8 @@ def test_a_task_beyond_its_time_is_stopped_with_its_worker(pool: AuthenticatedPr
 
 
 def test_a_timeout_is_worth_another_attempt(pool: AuthenticatedProcessPool, tmp_path: Path) -> None:
-    task = pool.options(timeout=1.0, retries=1).submit(hang_once, str(tmp_path), 5)
+    # So many retries for a machine that stalls during the second attempt.
+    task = pool.options(timeout=1.0, retries=9).submit(hang_once, str(tmp_path), 5)
     assert task.result(PATIENCE) == 5
     until(lambda: pool.max_workers == 2)
 
@@ -348,6 +455,30 @@ def test_a_scheduler_that_does_not_answer_is_an_error(own: DaskProcesses, server
         in_time(AuthenticatedProcessPool(session_at(server), engine=DaskEngine(own.address)).__enter__)
 
 
+class StoppedMidway(Stay):
+    """Its scheduler falls silent once the pool is connected."""
+
+    processes: DaskProcesses
+
+    async def _register(self, client: Any, setup: bytes) -> None:
+        self.processes.stop_scheduler()
+        await super()._register(client, setup)
+
+
+def test_a_scheduler_that_falls_silent_at_the_start_is_an_error(own: DaskProcesses) -> None:
+    """Not its workers are to blame; and what is waited for makes less than ten seconds."""
+
+    def stay_of(link: Link, events: Events) -> Stay:
+        stay = StoppedMidway(link, events)
+        stay.processes = own
+        return stay
+
+    with pytest.raises(ClusterUnreachableError, match="the scheduler does not answer"):
+        in_time(RemoteEngine(DaskCluster(own.address, stay_of=stay_of)).start)
+    assert dask_stay._OPEN_WITHIN + dask_stay._WORD_WITHIN < 10
+    assert dask_link.CONNECT_WITHIN + dask_stay._LAST_WORD_WITHIN < dask_stay._OPEN_WITHIN
+
+
 def test_a_scheduler_that_dies_ends_the_pool_with_an_error(
     own: DaskProcesses, server: LoopbackServer, tmp_path: Path
 ) -> None:
@@ -443,6 +574,27 @@ def test_a_local_cluster_begins_and_ends_with_the_pool(
     assert not list(tmp_path.iterdir())
 
 
+LOUD_DRIVER = """
+import sys
+from shpool import AuthenticatedProcessPool, OAuthSession
+def loud(number):
+    print(f"tile {number} " + 100_000 * "x")
+    return number
+with AuthenticatedProcessPool(OAuthSession(*sys.argv[1:]), 1, engine="dask") as pool:
+    assert list(pool.map(loud, range(10), chunksize=1)) == list(range(10))
+"""
+
+
+def test_what_tasks_on_a_local_cluster_print_is_the_programs_output(
+    server: LoopbackServer, child_env: dict[str, str]
+) -> None:
+    """A megabyte of it, which fits into no pipe."""
+    words = [sys.executable, "-c", LOUD_DRIVER, server.token_url, server.client_id, server.client_secret]
+    said = subprocess.run(words, env=child_env, capture_output=True, text=True, check=True, timeout=4 * PATIENCE)
+    assert sorted(line[:6] for line in said.stdout.splitlines()) == [f"tile {number}" for number in range(10)]
+    assert len(said.stdout) > 1_000_000
+
+
 def test_a_local_clusters_workers_do_not_inherit_the_secret(
     server: LoopbackServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -454,7 +606,7 @@ def test_a_local_clusters_workers_do_not_inherit_the_secret(
 
 
 def test_a_scheduler_on_an_open_network_is_worth_a_warning() -> None:
-    from shpool.engines.dask_cluster import _warn_of_open_network
+    from shpool.engines.dask_link import _warn_of_open_network
 
     for address in ("tcp://10.1.2.3:8786", "scheduler.example:8786", "tcp://[2001:db8::1]:8786"):
         with pytest.warns(SHUserWarning, match="travels unencrypted"):

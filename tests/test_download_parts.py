@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import http.server
 import ipaddress
+import itertools
 import os
+import resource
 import ssl
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -22,9 +26,11 @@ from hypothesis import strategies as st
 
 from shpool.bearer import TokenDesk
 from shpool.downloads.checksums import sent_digests
+from shpool.downloads.copies import Copies
 from shpool.downloads.curling import CurlOptions, parse_head
 from shpool.downloads.fetching import GroupFetch, close_loop, open_loop
 from shpool.downloads.filenames import (
+    Folder,
     SeenPaths,
     checked_path,
     late_name,
@@ -32,7 +38,9 @@ from shpool.downloads.filenames import (
     planned_path,
     safe_name,
 )
-from shpool.downloads.items import DownloadResult, FetchSettings, Planner
+from shpool.downloads.groups import unfetched
+from shpool.downloads.incoming import Incoming
+from shpool.downloads.items import DownloadItem, DownloadResult, FetchSettings, PlannedItem, Planner
 from shpool.downloads.partfile import PartFile
 from shpool.downloads.press import Press
 from shpool.downloads.transfer import (
@@ -50,12 +58,20 @@ from shpool.downloads.transfer import (
     Whole,
     judge,
 )
-from shpool.errors import ContentError, TargetPathError, TokenUnavailableError, TransferError
+from shpool.errors import (
+    ContentError,
+    TargetPathError,
+    TokenUnavailableError,
+    TooManyOpenFilesError,
+    TransferError,
+)
 from shpool.tokens import SYSTEM_CLOCK, Token, token_from_response
 
 URL = "https://api.example/tiles/a.tif"
 WANTED = Wanted(URL, "a.tif")
 PART = Standing(100, '"v1"')
+PIECE = bytes(1 << 16)
+MOST_SENT = 64 << 20  # bytes; more than the buffers of a connection hold
 
 # Names
 
@@ -126,8 +142,23 @@ def test_long_names_keep_their_suffix_and_stay_apart() -> None:
 
 def test_paths_seen_are_remembered_through_growth() -> None:
     seen = SeenPaths()
-    assert all(seen.add(f"{n}.tif") for n in range(5000))
-    assert not any(seen.add(f"{n}.tif") for n in range(5000))
+    assert all(seen.take(f"{n}.tif", ("owner", n), n) == n for n in range(5000))
+    assert all(seen.take(f"{n}.tif", ("owner", n), 5000 + n) == n for n in range(5000))
+    assert all(seen.take(f"{n}.tif", ("other", n), 5000 + n) is None for n in range(5000))
+
+
+def test_a_copy_of_a_forgotten_failure_is_fetched_like_any_other_item() -> None:
+    """Of the results that no number can tell, only the last ones are kept."""
+    copies = Copies("d")
+    urls = [f"https://api.example/{n}.tif" for n in range(10_001)]
+    planned = copies.planned([*urls, urls[0], urls[-1]])
+    firsts = [each for each in itertools.islice(planned, len(urls)) if isinstance(each, PlannedItem)]
+    error = TransferError(URL, "HTTP 404", 404)
+    for each in firsts:
+        assert len(list(copies.told([unfetched(each.number, each.item.url, error)]))) == 1
+    again, known = planned
+    assert again == PlannedItem(10_001, DownloadItem(urls[0]), "0.tif")
+    assert known == unfetched(10_002, urls[-1], error)
 
 
 # What answers mean
@@ -212,6 +243,11 @@ def test_the_strongest_checksum_of_a_header_counts() -> None:
 def test_of_several_heads_the_last_counts() -> None:
     lines = [b"HTTP/1.1 103 Early Hints\r\n", b"ETag: old\r\n", b"\r\n", b"HTTP/1.1 404 Not Found\r\n", b"\r\n"]
     assert parse_head(lines) == Answer(404, {})
+
+
+@pytest.mark.parametrize(("raw", "text"), [("höhe".encode(), "höhe"), ("höhe".encode("latin-1"), "höhe")])
+def test_a_field_in_raw_utf_8_or_latin_1_is_understood(raw: bytes, text: str) -> None:
+    assert parse_head([b"HTTP/2 302 \r\n", b"Location: /" + raw + b".tif\r\n"]).fields == {"location": f"/{text}.tif"}
 
 
 # The token
@@ -309,6 +345,60 @@ def test_what_is_pending_when_a_run_ends_stays_a_part(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.tif.part"]
 
 
+def test_a_file_that_comes_alone_waits_for_no_other(tmp_path: Path) -> None:
+    from shpool.downloads.filenames import Folder
+    from shpool.downloads.press import Arrived
+
+    part = PartFile.open(str(tmp_path / "a.tif"), create=True)
+    assert part is not None
+    press: Press[str] = Press(Folder(str(tmp_path)), durable=False)
+    press.add("a", Arrived(part, str(tmp_path / "a.tif")))
+    assert [owner for owner, _ in press.take(hurry=False)] == ["a"]
+
+
+# A body without an end
+
+
+class _Endless(http.server.BaseHTTPRequestHandler):
+    """Send far more than is stated, in chunks, for as long as somebody takes it."""
+
+    protocol_version = "HTTP/1.1"
+    sent = 0
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        if self.path == "/stated.tif":
+            self.send_header("Content-Length", "1000")
+        self.end_headers()
+        with contextlib.suppress(OSError):  # nobody takes it any more
+            for _ in range(MOST_SENT // len(PIECE)):
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(PIECE), PIECE))
+                _Endless.sent += len(PIECE)
+            self.wfile.write(b"0\r\n\r\n")
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("item", [{"url": "given.tif", "size": 1000}, {"url": "stated.tif"}], ids=["given", "stated"])
+def test_a_body_beyond_the_known_size_is_ended_there(item: dict[str, Any], tmp_path: Path) -> None:
+    _Endless.sent = 0
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Endless) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_address[1]}/{item['url']}"
+            result = fetch_one({**item, "url": url}, tmp_path / "d", None)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert isinstance(result.error, ContentError)
+    assert "it is more than 1000 bytes; what was sent is thrown away" in str(result.error)
+    assert _Endless.sent < MOST_SENT
+    assert list((tmp_path / "d").iterdir()) == []
+
+
 # TLS
 
 
@@ -359,13 +449,14 @@ class _OneFile(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def fetch_one(url: str, folder: Path, ca_bundle: str | None) -> DownloadResult:
+def fetch_one(item: str | dict[str, Any], folder: Path, ca_bundle: str | None) -> DownloadResult:
     settings = FetchSettings(str(folder), CurlOptions(ca_bundle=ca_bundle), retries=0)
     try:
-        [result] = GroupFetch(settings, open_loop(settings.curl), None).run([Planner().plan(0, url)])
+        results, left = GroupFetch(settings, open_loop(settings.curl), None).run([Planner().plan(0, item)])
     finally:
         close_loop()
-    return result
+    assert (len(results), left) == (1, [])
+    return results[0]
 
 
 def test_certificates_are_verified(tls_server: tuple[str, str], tmp_path: Path) -> None:
@@ -395,3 +486,65 @@ def test_without_pycurl_the_error_names_the_extra(tmp_path: Path, child_env: dic
 def test_importing_shpool_imports_no_pycurl(child_env: dict[str, str]) -> None:
     program = "import sys, shpool; sys.exit('pycurl' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], env=child_env, check=True)
+
+
+# Descriptors
+
+
+@contextlib.contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    """Let this process open nothing more."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_part_for_which_no_descriptor_is_left_is_looked_for_again(tmp_path: Path) -> None:
+    planned = Planner().plan(0, {"url": URL, "sha256": "0" * 64})
+    (tmp_path / "a.tif.part").write_bytes(bytes(100))
+    incoming = Incoming(planned, Folder(str(tmp_path)), FetchSettings(str(tmp_path)), "s")
+    with no_descriptor_left():
+        assert incoming.look() is None
+    assert incoming.request_fields() == ["Range: bytes=100-"]
+    incoming.close()
+
+
+def test_too_many_open_files_are_a_temporary_failure_with_its_own_words(tmp_path: Path) -> None:
+    planned = Planner().plan(0, URL)
+    incoming = Incoming(planned, Folder(str(tmp_path)), FetchSettings(str(tmp_path)), "s")
+    assert incoming.look() is None
+    incoming.request_fields()
+    incoming.take_head(Answer(200, {}))
+    with no_descriptor_left():
+        incoming.take_body(b"tile")
+        failure = incoming.conclude(None)
+    assert isinstance(failure, Failure)
+    assert isinstance(failure.error, TooManyOpenFilesError)
+    assert not failure.is_final
+    assert "ulimit -n" in str(failure.error)
+    assert "permissions" not in str(failure.error)
+
+
+def limited(limit: int, body: str, env: dict[str, str]) -> str:
+    """Return what a program prints that may have so many files open."""
+    program = f"import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))\n{body}"
+    return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(("limit", "most"), [(256, 64), (1024, 256), (4096, 1792), (16, 4)])
+def test_transfers_have_half_of_the_descriptors_or_more(limit: int, most: int, child_env: dict[str, str]) -> None:
+    body = "from shpool.downloads.descriptors import enough_for, most_transfers\n"
+    body += "most = most_transfers()\nprint(most, enough_for(most))"
+    assert limited(limit, body, child_env) == f"{most} {limit}\n"
+
+
+def test_more_connections_than_there_are_descriptors_are_refused(child_env: dict[str, str]) -> None:
+    body = "import shpool\ntry:\n    shpool.download(None, [], 'd', connections=257)\nexcept ValueError as exc:\n"
+    told = limited(1024, f"{body}    print(exc)", child_env)
+    assert "connections=257" in told
+    assert "at most 256; raise the limit to 1026 (ulimit -n)" in told

@@ -6,26 +6,33 @@ import base64
 import collections
 import errno
 import hashlib
+import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import pytest
+from interrupting import interrupted
+from patience import NEVER, in_time, until
 
 from shpool import AuthenticatedProcessPool, DownloadResult, OAuthSession, download
-from shpool.downloads import FetchGroup, GroupSizer
+from shpool.downloads import FetchGroup, GroupRun, GroupSizer
 from shpool.downloads.curling import CurlOptions
-from shpool.downloads.fetching import close_loop
-from shpool.downloads.items import DownloadItem, FetchSettings, Planner, as_item
+from shpool.downloads.fetching import FetchedGroup, GroupNews, close_loop
+from shpool.downloads.items import DownloadItem, FetchSettings, PlannedItem, Planner, as_item
 from shpool.downloads.partfile import PartFile
 from shpool.errors import (
     ContentError,
@@ -39,6 +46,7 @@ from shpool.errors import (
     TransferError,
 )
 from shpool.retry import Backoff
+from shpool.submitting import Submitting
 from shpool.testing import FileFault, LoopbackServer, tile_bytes
 
 PATIENCE = 30.0  # s
@@ -115,6 +123,171 @@ def test_a_pool_of_processes_fetches_groups(server: LoopbackServer, tmp_path: Pa
     assert sorted(result.index for result in results) == list(range(150))
     assert files_in(tmp_path / "d") == {f"{n % 3}/t{n}.bin": tile_bytes(n, 3_000) for n in range(150)}
     assert server.logins == 1
+
+
+@pytest.mark.slow
+def test_results_come_while_another_file_of_their_group_stalls(server: LoopbackServer, tmp_path: Path) -> None:
+    urls = [server.put_file(f"t{n}.bin", b"tile" * 1000) for n in range(7)]
+    urls.append(server.put_file("slow.bin", b"tile" * 1000))
+    server.fail_file("slow.bin", FileFault(stall_at=2_000))
+    session = OAuthSession(server.token_url, server.client_id, server.client_secret)
+    with AuthenticatedProcessPool(session, 1) as pool:
+        results = download(pool, urls, tmp_path, stall_timeout=600.0)
+        assert sorted(next(results).index for _ in range(7)) == list(range(7))
+        pool.terminate()
+
+
+@pytest.mark.slow
+def test_a_run_that_stops_begins_no_file_any_more(server: LoopbackServer, tmp_path: Path) -> None:
+    """The fast ones make the groups grow; of the slow ones only those under way are waited for."""
+    urls = [server.put_file(f"t{n}.bin", b"tile") for n in range(42)]
+    for n in range(300):
+        urls.append(server.put_file(f"slow{n}.bin", b"tile" * 1000))
+        server.fail_file(f"slow{n}.bin", FileFault(stall_at=0))
+    planner = Planner()
+    planned = [planner.plan(index, url) for index, url in enumerate(urls)]
+    curl = CurlOptions(connections=2, stall_timeout=0.3)
+    fetch = FetchGroup(FetchSettings(str(tmp_path), curl, retries=0))
+    session = OAuthSession(server.token_url, server.client_id, server.client_secret)
+    with AuthenticatedProcessPool(session, 1) as pool:
+        run = GroupRun(pool, fetch, planned)
+        results = []
+        for result in run:
+            results.append(result)
+            if result.status == "failed":
+                run.stop()
+    assert collections.Counter(result.status for result in results)["done"] == 42
+    assert len(results) < 100  # the group under way had 128
+
+
+class HeldPool(Submitting):
+    """Keeps what it is given, and lets a test tell what a worker would."""
+
+    max_workers = 1
+
+    def __init__(self) -> None:
+        self.held: list[tuple[Future[Any], Any, list[Any]]] = []
+
+    def _running_engine(self) -> Any:
+        return types.SimpleNamespace(hears=True, recall=lambda _: None)
+
+    def _submit(self, _fn: Any, args: Any, _kwargs: Any, hear: Any) -> Future[Any]:
+        self.held.append((Future(), hear, args[0]))
+        return self.held[-1][0]
+
+
+def test_files_have_begun_once_their_worker_tells_and_not_when_they_are_over(tmp_path: Path) -> None:
+    planned = [Planner().plan(index, f"http://127.0.0.1:9/t{index}.bin") for index in range(4)]
+    results = [DownloadResult(each.number, each.item.url, None, "failed", 0, 0, 1, 0.0) for each in planned]
+    begun: list[Any] = []
+    pool = HeldPool()
+    run = GroupRun(pool, FetchGroup(FetchSettings(str(tmp_path))), planned, count=4, begun=begun.extend)
+
+    def tell() -> None:
+        until(lambda: bool(pool.held))
+        future, hear, _ = pool.held[0]
+        hear(GroupNews(results[:1], 0, [2]))
+        hear(GroupNews([], 0, [0, 3]))  # by a further attempt, which knows of no result
+        future.set_result(FetchedGroup(results[1:], 0.0))
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    assert list(run) == results
+    thread.join()
+    assert begun == [planned[2], planned[3]]
+
+
+def test_a_stop_that_interrupts_another_is_heard_wherever_it_does(tmp_path: Path) -> None:
+    """As ^C does while the time of --max-time is up: that one waits for ever, this one for nothing."""
+
+    def ends_where_interrupted(step: int) -> bool:
+        pool = HeldPool()
+        more: list[bool] = []
+
+        def planned() -> Iterator[PlannedItem]:
+            yield Planner().plan(0, "http://127.0.0.1:9/t.bin")
+            while not pool.held:
+                yield Planner().plan(1, "http://127.0.0.1:9/u.bin")
+            pool.held[0][0].set_running_or_notify_cancel()  # it never ends
+            more.append(interrupted(run.stop, step, lambda: run.stop(within=0.0)))
+            if not more[0]:  # it was not interrupted
+                run.stop(within=0.0)
+
+        run = GroupRun(pool, FetchGroup(FetchSettings(str(tmp_path))), planned())
+        assert in_time(list, run) == []
+        return more[0]
+
+    assert sum(1 for _ in itertools.takewhile(ends_where_interrupted, itertools.count())) > 0
+
+
+class EveryOtherWasThere(FetchGroup):
+    """Fetches nothing: files of an even number were there."""
+
+    def __call__(self, group: Sequence[PlannedItem]) -> FetchedGroup:
+        statuses: list[Literal["skipped", "done"]] = ["skipped", "done"]
+        results = [
+            DownloadResult(each.number, each.item.url, None, statuses[each.number % 2], 0, 0, 1, 0.0) for each in group
+        ]
+        return FetchedGroup(results, 0.0)
+
+
+@pytest.mark.parametrize("count", [None, 100])
+@pytest.mark.parametrize(
+    ("files", "limit", "last"), [(100, 4, 7), (100, 1, 1), (5, 5, 4), (3, 4, 2), (0, 1, None), (100, None, 99)]
+)
+def test_a_limit_counts_what_was_fetched(
+    tmp_path: Path, files: int, limit: int | None, last: int | None, count: int | None
+) -> None:
+    """Files that were there do not count, or a limit would never get past them; nor is one more handed out."""
+    planner, handed_out = Planner(), 0
+
+    def planned() -> Iterator[PlannedItem]:
+        nonlocal handed_out
+        for number in range(files):
+            handed_out += 1
+            yield planner.plan(number, f"http://127.0.0.1:9/{number}.bin")
+
+    fetch = EveryOtherWasThere(FetchSettings(str(tmp_path)))
+    count = None if count is None else files
+    with ThreadPoolExecutor(2) as executor:
+        results = list(GroupRun(executor, fetch, planned(), count=count, limit=limit))
+    numbers = sorted(result.index for result in results)
+    assert numbers == list(range(len(numbers)))
+    assert handed_out == len(numbers)
+    assert (numbers[-1] if numbers else None) == last
+    assert sum(result.status == "done" for result in results) == min(files // 2, limit or files)
+
+
+@pytest.mark.slow
+def test_no_file_is_begun_once_a_download_is_left(server: LoopbackServer, tmp_path: Path) -> None:
+    urls = [server.put_file(f"t{n}.bin", b"tile") for n in range(300)]
+    server.delay(0.02, at="data")
+    session = OAuthSession(server.token_url, server.client_id, server.client_secret)
+    with AuthenticatedProcessPool(session, 1) as pool:
+        for _ in download(pool, urls, tmp_path, connections=2):
+            break
+        asked = len(server.log)
+        pool.submit(os.getpid).result()  # behind whatever the worker still does
+        assert len(server.log) == asked
+        server.delay(0.0, at="data")
+        results = list(download(pool, urls, tmp_path))
+    assert [result.error for result in results] == [None] * 300
+
+
+@pytest.mark.slow
+def test_what_does_not_end_is_stopped_once_a_download_is_left(server: LoopbackServer, tmp_path: Path) -> None:
+    big = content(4 * MB)
+    urls = [server.put_file("small.bin", b"tile"), server.put_file("big.bin", big)]
+    server.fail_file("big.bin", FileFault(stall_at=2 * MB))
+    session = OAuthSession(server.token_url, server.client_id, server.client_secret)
+    with AuthenticatedProcessPool(session, 1) as pool:
+        results = download(pool, urls, tmp_path, stall_timeout=NEVER)
+        assert next(results).index == 0
+        until((tmp_path / "big.bin.part").exists)
+        in_time(results.close)
+        again = list(download(pool, urls, tmp_path))
+    assert [result.error for result in again] == [None, None]
+    assert (tmp_path / "big.bin").read_bytes() == big
 
 
 def test_results_come_while_the_input_is_still_read(server: LoopbackServer, tmp_path: Path) -> None:
@@ -215,6 +388,41 @@ def test_two_items_with_one_path_are_refused(server: LoopbackServer, tmp_path: P
     assert files_in(tmp_path / "d") == {"a.tif": b"x"}
 
 
+def test_equal_items_are_fetched_once_and_reported_for_each(server: LoopbackServer, tmp_path: Path) -> None:
+    """Whether the first is under way or has ended, and whatever became of it, its copies have its result."""
+    named = {"Content-Disposition": 'attachment; filename="named.zip"'}
+    urls = [server.put_file("a.tif", content(900)), server.put_file("$value", b"product", named)]
+    missing = f"{server.base_url}/files/missing.tif"
+    twice: list[Any] = [urls[0], {"url": urls[0], "path": ""}, *urls, missing, urls[1], missing]
+
+    def with_time_to_end() -> Iterator[Any]:
+        yield from twice
+        yield from (server.put_file(f"t{n}.bin", b"tile") for n in range(60))  # far more than are under way at once
+        yield from (urls[0], urls[1], missing, {"url": urls[0], "size": 900})
+
+    with inline_pool(server) as pool:
+        results = sorted(download(pool, with_time_to_end(), tmp_path / "d", retries=0), key=lambda result: result.index)
+    assert [result.index for result in results] == list(range(len(twice) + 64))
+    last = len(results) - 4
+    for same, path, size in ((0, 1, 2, last), "a.tif", 900), ((3, 5, last + 1), "named.zip", 7):
+        told = {(results[n].status, results[n].path, results[n].bytes) for n in same}
+        assert told == {("done", str(tmp_path / "d" / path), size)}
+        assert [results[n].received for n in same] == [size] + [0] * (len(same) - 1)
+    failed = [results[n] for n in (4, 6, last + 2)]
+    assert {(result.status, str(result.error)) for result in failed} == {("failed", str(failed[0].error))}
+    assert [result.attempts for result in failed] == [1, 0, 0]
+    assert "another file of this run has this path" in str(results[last + 3].error)
+    assert [len(server.file_requests(name)) for name in ("a.tif", "$value", "missing.tif")] == [1, 1, 1]
+
+
+def test_copies_of_a_file_that_was_there_say_so_too(server: LoopbackServer, tmp_path: Path) -> None:
+    url = server.put_file("a.tif", content(900))
+    with inline_pool(server) as pool:
+        list(download(pool, [url], tmp_path))
+        results = list(download(pool, [url, url], tmp_path))
+    assert [(result.status, result.by_size, result.bytes) for result in results] == [("skipped", True, 900)] * 2
+
+
 @pytest.mark.parametrize(
     "item",
     [
@@ -229,13 +437,32 @@ def test_two_items_with_one_path_are_refused(server: LoopbackServer, tmp_path: P
         {"url": "https://api.example/a", "md5": "z" * 32},
         {"url": "https://api.example/a", "size": -1},
         {"url": "https://api.example/a", "size": "big"},
+        {"url": "https://api.example/a", "size": "1_0000"},
+        {"url": "https://api.example/a", "size": "٣"},
+        {"url": "https://api.example/a", "size": "9" * 19},
+        {"url": "https://api.example/a", "size": 2**63},
+        {"url": "https://api.example/a", "size": 10000.7},
+        {"url": "https://api.example/a", "size": float("nan")},
+        {"url": "https://api.example/a", "size": True},
+        {"url": "https://api.example/a", "size": b"1"},
+        {"url": "https://api.example/a", "size": [1]},
+        {"url": "https://api.example/a", "md5": 5},
+        {"url": "https://api.example/a", "sha256": b"0" * 64},
+        {"url": "https://api.example/a", "path": 5},
         {"url": 7},
     ],
     ids=str,
 )
 def test_an_item_that_makes_no_sense_is_refused(item: Any) -> None:
-    with pytest.raises(InputError):
+    with pytest.raises(InputError) as caught:
         as_item(item)
+    assert not re.search("object|literal|invalid|convert|DownloadItem", str(caught.value)), "Python's words, not ours"
+
+
+def test_a_size_is_a_whole_number_however_it_is_written() -> None:
+    """CSV has text, and tables with gaps floating-point numbers."""
+    for size in (900, "900", " 900 ", 900.0, np.int64(900), np.float64(900.0)):
+        assert as_item({"url": "https://api.example/a", "size": size}).size == 900
 
 
 # What is there already
@@ -405,6 +632,12 @@ def test_an_answer_to_another_range_starts_over(
 
 def test_without_a_validator_a_part_is_worth_nothing(fetch: Fetch, server: LoopbackServer) -> None:
     url = cut_then_whole(server, "a.tif", content(MB), FileFault(cut_at=300_000), ETag='W/"weak"')
+    assert only(fetch(url)).status == "done"
+    assert "range" not in server.file_requests("a.tif")[1].headers
+
+
+def test_a_validator_that_cannot_be_sent_back_as_it_came_is_none(fetch: Fetch, server: LoopbackServer) -> None:
+    url = cut_then_whole(server, "a.tif", content(MB), FileFault(cut_at=300_000), ETag='"höhe"')
     assert only(fetch(url)).status == "done"
     assert "range" not in server.file_requests("a.tif")[1].headers
 
@@ -696,6 +929,14 @@ def test_a_redirect_within_the_origin_keeps_the_token(fetch: Fetch, server: Loop
     assert server.file_requests("a.tif")[0].headers["authorization"].startswith("Bearer ")
 
 
+def test_redirects_and_names_may_be_raw_utf_8(fetch: Fetch, server: LoopbackServer, tmp_path: Path) -> None:
+    raw = "höhe.tif".encode().decode("latin-1")  # as the server writes Latin-1, these are the bytes on the wire
+    server.put_file("h%C3%B6he.tif", b"tile", {"Content-Disposition": f'attachment; filename="{raw}"'})
+    url = cut_then_whole(server, "first", b"", FileFault(status=302, headers={"Location": f"/files/{raw}"}))
+    assert only(fetch(url)).error is None
+    assert files_in(tmp_path / "d") == {"höhe.tif": b"tile"}
+
+
 def test_a_part_is_continued_behind_a_redirect(fetch: Fetch, server: LoopbackServer) -> None:
     cut_then_whole(server, "a.tif", content(MB), FileFault(cut_at=700_000))
     result = only(fetch({"url": f"{server.base_url}/redirect?to=/files/a.tif", "path": "a.tif"}))
@@ -851,15 +1092,48 @@ def test_whatever_a_server_does_every_file_is_right_or_reported(server: Loopback
 
 def test_groups_grow_until_a_worker_is_busy_for_long_enough() -> None:
     sizer = GroupSizer(8)
-    sizes = [sizer.size]
-    for _ in range(5):
-        sizer.learn(sizer.size, 0.02)
-        sizes.append(sizer.size)
-    assert sizes == [8, 32, 128, 512, 1024, 1024]
-    for _ in range(5):
-        sizer.learn(sizer.size, 60.0)
-    assert sizer.size == 8
-    assert GroupSizer(8, largest=3).size == 3
+    sizes = [sizer.next_size()]
+    for _ in range(6):
+        sizer.learn(sizer.next_size(), 0.02)
+        sizes.append(sizer.next_size())
+    assert sizes == [8, 32, 128, 512, 2048, 4096, 4096]
+    for _ in range(6):
+        sizer.learn(sizer.next_size(), 60.0)
+    assert sizer.next_size() == 8
+
+
+def test_groups_are_large_where_their_results_come_on_the_way() -> None:
+    sizer = GroupSizer(8, workers=2, is_heard=True)
+    for _ in range(30):
+        sizer.learn(sizer.next_size(), sizer.next_size() / 100)  # 100 files/s, whatever the group
+    assert sizer.next_size() == 1000  # ten seconds of work
+    assert sizer.next_size(1000) == 500
+
+
+def test_groups_of_a_long_run_keep_a_worker_busy_for_longer() -> None:
+    sizer = GroupSizer(8)
+    sizes = []
+    for _ in range(30):
+        sizer.learn(sizer.next_size(), sizer.next_size() / 100)  # 100 files/s, whatever the group
+        sizes.append(sizer.next_size())
+    assert sizes[2] == 50  # half a second of work
+    assert sizes[-1] == 200  # two seconds
+    assert sizes[3:] == sorted(sizes[3:])
+
+
+def test_groups_shrink_towards_the_end_so_that_all_workers_stay_busy() -> None:
+    sizer = GroupSizer(8, workers=2)
+    for _ in range(4):
+        sizer.learn(sizer.next_size(), 0.02)
+    left, sizes = 4000, []
+    while left:
+        sizes.append(sizer.next_size(left))
+        left -= sizes[-1]
+    assert sizes[:3] == [1000, 750, 562]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-2] == sizes[-1] or sizes[-2] == sizes[-1] + 1
+    assert GroupSizer(8, workers=2).next_size(5) == 3
+    assert GroupSizer(8, workers=2).next_size(0) == 1
 
 
 def test_a_wrong_setting_is_refused(server: LoopbackServer, tmp_path: Path) -> None:

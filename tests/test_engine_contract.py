@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import functools
 import itertools
 import os
+import signal
 import threading
+import time
 import traceback
 from concurrent.futures import FIRST_COMPLETED, Executor, as_completed, wait
 from pathlib import Path
@@ -14,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from cluster_fixtures import needs_dask
-from patience import PATIENCE, until
+from patience import LEEWAY, PATIENCE, until
 from pool_tasks import (
     Counter,
     access_token,
     add,
+    begin_and_wait,
+    die_once,
     double,
     echo,
     fail,
@@ -37,7 +42,15 @@ from pool_tasks import (
 from ray_fixture import needs_ray
 
 from shpool import AuthenticatedProcessPool, OAuthSession, current_session
-from shpool.errors import InitializerError, LoginRefusedError, NoSessionError
+from shpool.errors import (
+    InitializerError,
+    LoginRefusedError,
+    NoSessionError,
+    TaskTerminatedError,
+    TaskTimeoutError,
+    UnpicklableError,
+    WorkerLostError,
+)
 from shpool.testing import LoopbackServer, tile_bytes
 
 if TYPE_CHECKING:
@@ -81,6 +94,25 @@ def pool(engine: str | EngineDescription, provider: LoopbackServer) -> Iterator[
     with AuthenticatedProcessPool(session_at(provider), 2, engine=engine) as shared:
         until(lambda: len(getattr(shared._engine, "pids", "xx")) == 2)
         yield shared
+
+
+@pytest.fixture
+def frail(kind: str, engine: str | EngineDescription, provider: LoopbackServer) -> Iterator[AuthenticatedProcessPool]:
+    """Two workers that the test may harm; inline there are none."""
+    if kind == "inline":
+        pytest.skip("inline tasks run in the caller's own thread, which cannot be ended")
+    with AuthenticatedProcessPool(session_at(provider), 2, engine=engine) as own:
+        yield own
+        until(lambda: own.stats().workers == 2)  # others share the cluster
+
+
+def is_gone(mark: Path) -> bool:
+    """Tell whether the process that left its id there has ended."""
+    stat = Path(f"/proc/{mark.read_text()}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 class Source:
@@ -285,6 +317,90 @@ def test_a_large_result_is_whole(pool: AuthenticatedProcessPool) -> None:
     assert list(pool.map(echo, [blob] * 4)) == [blob] * 4
 
 
+class Notebook:
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+
+    def add(self, number: int) -> int:
+        self.told.append(number)
+        return len(self.told)
+
+
+def test_no_call_meets_what_another_has_left_in_its_function(frail: AuthenticatedProcessPool) -> None:
+    notebook = Notebook()
+    assert [frail.submit(notebook.add, number).result(PATIENCE) for number in range(4)] == [1, 1, 1, 1]
+
+
+# Ends that were not meant
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.005])
+def test_a_task_that_kills_its_worker_fails_alone_and_once(
+    frail: AuthenticatedProcessPool, tmp_path: Path, seconds: float
+) -> None:
+    """Without retries; whatever was with it at the worker, behind it or before it, has one run and its own result."""
+
+    def work(number: int, folder: str = str(tmp_path), bad: int = 40) -> int:
+        note_run(folder, number)
+        if number == bad:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(seconds)
+        return number
+
+    wait([frail.submit(work, -1), frail.submit(work, -2)], PATIENCE)  # its pace is known, and some may go ahead
+    futures = [frail.submit(work, number) for number in range(80)]
+    failed = {number: type(future.exception(PATIENCE)) for number, future in enumerate(futures) if future.exception()}
+    assert failed == {40: WorkerLostError}
+    assert [future.result() for future in futures if future is not futures[40]] == [*range(40), *range(41, 80)]
+    runs = collections.Counter(int(entry.name.rpartition("-")[0]) for entry in tmp_path.iterdir())
+    assert runs == dict.fromkeys(range(-2, 80), 1)
+
+
+def test_a_lost_workers_task_runs_again_as_far_as_retries_allow(
+    frail: AuthenticatedProcessPool, tmp_path: Path
+) -> None:
+    view = frail.options(retries=1)
+    futures = [view.submit(die_once, str(tmp_path), number, 20) for number in range(40)]
+    assert [future.result(PATIENCE) for future in futures] == list(range(40))
+    assert (frail.stats().tasks_retried, frail.stats().workers_lost) == (1, 1)
+
+
+def test_a_timeout_ends_a_running_task(frail: AuthenticatedProcessPool, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    future = frail.options(timeout=LEEWAY).submit(begin_and_wait, str(begun), str(tmp_path / "never"))
+    with pytest.raises(TaskTimeoutError, match=rf"begin_and_wait ran longer than {LEEWAY:g} s"):
+        future.result(PATIENCE)
+    until(lambda: is_gone(begun))
+    assert frail.submit(double, 2).result(PATIENCE) == 4
+
+
+def test_terminate_ends_a_running_task(frail: AuthenticatedProcessPool, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    future = frail.submit(begin_and_wait, str(begun), str(tmp_path / "never"))
+    until(begun.exists)
+    assert frail.terminate(future)
+    with pytest.raises(TaskTerminatedError):
+        future.result(PATIENCE)
+    until(lambda: is_gone(begun))
+    assert not frail.terminate(future)
+    assert frail.submit(double, 2).result(PATIENCE) == 4
+
+
+def test_what_is_queued_can_be_cancelled(frail: AuthenticatedProcessPool, tmp_path: Path) -> None:
+    cue = tmp_path / "cue"
+    running = [frail.submit(begin_and_wait, str(tmp_path / f"begun-{number}"), str(cue)) for number in range(2)]
+    queued = [frail.submit(note_run, str(tmp_path), number) for number in range(3)]
+    until(lambda: len(list(tmp_path.glob("begun-?"))) == 2)
+    assert queued[1].cancel()
+    cue.touch()
+    assert len({future.result(PATIENCE) for future in running}) == 2
+    assert [queued[0].result(PATIENCE), queued[2].result(PATIENCE)] == [0, 2]
+    assert queued[1].cancelled()
+    assert not list(tmp_path.glob("1-*"))
+
+
 # Policies
 
 
@@ -450,12 +566,31 @@ def test_stats_and_repr_tell_the_truth(kind: str, engine: str | EngineDescriptio
     assert "AuthenticatedProcessPool closed" in repr(pool)
 
 
-def test_a_result_that_cannot_travel_harms_no_other(pool: AuthenticatedProcessPool) -> None:
+def test_a_result_that_cannot_travel_harms_no_other(pool: AuthenticatedProcessPool, kind: str) -> None:
     """Inline nothing travels, and the result itself arrives."""
     futures = [pool.submit(return_unpicklable_at, number, 1) for number in range(3)]
     wait(futures, PATIENCE)
     assert (futures[0].result(), futures[2].result()) == (0, 2)
-    assert futures[1].done()
+    assert isinstance(futures[1].exception(), type(None) if kind == "inline" else UnpicklableError)
+
+
+def test_what_a_task_logs_reaches_the_parents_loggers(
+    engine: str | EngineDescription, provider: LoopbackServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    def talk(number: int) -> str:
+        import logging
+
+        token = current_session().token.access_token
+        logging.getLogger("tiles").info("tile %d with %s", number, token)
+        return token
+
+    with (
+        AuthenticatedProcessPool(session_at(provider), 2, engine=engine, log_level="INFO") as talkative,
+        caplog.at_level("INFO", "tiles"),
+    ):
+        [token] = set(talkative.map(talk, range(4), chunksize=1))
+    said = sorted(record.getMessage() for record in caplog.records if record.name == "tiles")
+    assert [text.replace(token, "***") for text in said] == [f"tile {number} with ***" for number in range(4)]
 
 
 def test_tasks_run_where_the_engine_says(pool: AuthenticatedProcessPool, kind: str) -> None:

@@ -50,10 +50,12 @@ from shpool.errors import (
     TokenResponseError,
     TokenTooLargeError,
     TokenUnavailableError,
+    TooManyOpenFilesError,
     TornBoardError,
     TransferError,
     UnpicklableError,
     WorkerLostError,
+    WorkerStartError,
 )
 
 _URL = "https://idp.example/token"
@@ -93,6 +95,7 @@ SAMPLES = [
     (DownloadTimeoutError("https://a.example/a.tif", 2.0), "it took longer than 2 s; raise the timeout"),
     (ShellTimeoutError("cp a b", 2.0, "at 7 %\nat 8 %"), "was stopped: at 7 % | at 8 %; raise the timeout"),
     (InitializerError("ValueError: no"), "initializer failed"),
+    (WorkerStartError("exit code 9"), "workers do not start: exit code 9"),
     (ClusterError("dask", "it is closed"), "dask cannot be used: it is closed"),
     (ClusterUnreachableError("tcp://10.0.0.1:8786", "no answer"), "check its address"),
     (ConfigError("/home/a/config.toml", "no profile 'x'; there are: y"), "there are: y"),
@@ -105,10 +108,12 @@ SAMPLES = [
     (TargetPathError("../a.tif", "it leaves the folder; name a path inside"), "name a path inside"),
     (PartInUseError("/tiles/a.tif.part"), "wait for it"),
     (StorageFullError("/tiles/a.tif.part"), "free some space"),
+    (TooManyOpenFilesError("/tiles/a.tif.part"), "ulimit -n"),
     (JournalError("run.db", "it is damaged", "restore it"), "restore it"),
     (JournalNotFoundError("run.db"), "--journal"),
     (NotAJournalError("notes.txt", "it is text"), "give another --journal"),
     (JournalMismatchError("run.db", "target", "a:f", "a:g"), "--fresh"),
+    (JournalMismatchError("run.db", "jobs named", "by b", "by c", "leave out --key"), "; leave out --key"),
     (JournalInUseError("run.db", 4711), "4711"),
     (JournalInUseError("run.db", 0), "wait for that run"),
     (JournalFullError("run.db", 12), "12 jobs are recorded"),
@@ -179,6 +184,7 @@ def test_notes_travel_with_the_error() -> None:
         (TargetPathError("p", "r"), ValueError),
         (PartInUseError("p"), FileExistsError),
         (StorageFullError("p"), OSError),
+        (TooManyOpenFilesError("p"), OSError),
     ],
     ids=_name,
 )

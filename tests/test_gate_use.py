@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
+import os
+import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +16,14 @@ import pytest
 import requests
 from cli_shell import Shell
 from patience import PATIENCE, in_time, until
+from stress_gate import Crowd
 from test_client import Echo, Holder, login_at
 
 from shpool import AuthenticatedProcessPool, Gate, OAuthSession, SessionSharing, collect_shared_session, current_session
-from shpool.client import BearerAuth, HTTPClient
+from shpool.auth import BearerAuth
+from shpool.client import HTTPClient
 from shpool.downloads import download
+from shpool.errors import GateInUseError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,6 +112,38 @@ def test_two_pools_with_one_gate_keep_one_limit(server: LoopbackServer, memory_n
     assert times[-1] - times[0] > 8 / 20
 
 
+@pytest.mark.parametrize("name", [None, "given"])
+def test_a_pool_keeps_the_gate_it_was_given_when_its_maker_closes_it(
+    server: LoopbackServer, memory_name: str, name: str | None
+) -> None:
+    """Workers that are lost later must still be replaced by ones behind the same gate."""
+    gate = Gate("100/s", connections=2, name=name and memory_name)
+    with AuthenticatedProcessPool(session_at(server), 1, gate=gate, retries=0) as pool:
+        former = pool.submit(os.getpid).result(PATIENCE)
+        gate.close()
+        os.kill(former, signal.SIGKILL)
+        until(lambda: pool.stats().workers_lost)
+        asked = pool.submit(gate_stats)
+        if wait([asked], PATIENCE).not_done:
+            pool.terminate()  # which would never end by itself
+        stats = asked.result()
+        assert (stats.requests, stats.connections) == (100.0, 2)
+        if name:
+            with pytest.raises(GateInUseError):
+                Gate("5/s", name=memory_name)
+    if name:
+        Gate("5/s", name=memory_name).close()
+
+
+def test_a_gate_that_is_closed_before_its_pool_starts_holds_all_the_same(server: LoopbackServer, gate: Gate) -> None:
+    pool = AuthenticatedProcessPool(session_at(server), engine="inline", gate=gate)
+    gate.close()
+    with pytest.raises(ValueError, match="the gate is closed"):
+        gate.acquire()
+    with pool:
+        assert pool.submit(gate_stats).result().connections == 1
+
+
 def test_the_inline_engine_goes_through_the_gate_too(server: LoopbackServer, gate: Gate) -> None:
     with AuthenticatedProcessPool(session_at(server), engine="inline", gate=gate) as pool:
         assert in_time(lambda: list(pool.map(status_by_client, [server.data_url(1)] * 3))) == [200] * 3
@@ -171,6 +210,64 @@ def test_an_auth_object_gives_its_slot_back_too(server: LoopbackServer, gate: Ga
     with in_time(requests.get, server.data_url(1, 100_000), auth=auth, timeout=30, stream=True):
         assert gate.stats().connected == 1
     assert gate.stats().connected == 0
+
+
+@pytest.mark.parametrize("path", ["/redirect", "/refused"])
+def test_a_client_with_an_auth_object_waits_for_no_slot_of_its_own(path: str, gate: Gate) -> None:
+    echo, holder = Echo("invented-b"), Holder("invented-b" if path == "/redirect" else "invented-a", "invented-b")
+    echo.redirect_to = "/target"
+    with echo.running() as url, HTTPClient(holder, gate=gate) as http:
+        assert in_time(http.get, url + path, auth=BearerAuth(holder, gate)).status_code == 200
+    assert len(echo.seen) == 2
+    assert gate.stats().connected == 0
+
+
+@pytest.mark.parametrize("kind", ["client", "auth"])
+def test_redirected_requests_keep_the_limit_of_connections(server: LoopbackServer, gate: Gate, kind: str) -> None:
+    crowd, holder = Crowd(server, 0.01), Holder(login_at(server))
+    url = f"{server.base_url}/redirect?to={server.data_url(1)}"
+
+    def ask() -> None:
+        with HTTPClient(holder, gate=gate) as http:
+            get, auth = (http.get, None) if kind == "client" else (requests.get, BearerAuth(holder, gate))
+            for _ in range(3):
+                assert get(url, auth=auth, timeout=30).status_code == 200
+
+    with ThreadPoolExecutor(4) as threads:
+        futures = [threads.submit(ask) for _ in range(4)]
+        in_time(lambda: [future.result() for future in futures])
+    assert (crowd.served, crowd.most) == (24, 1)
+    assert gate.stats().connected == 0
+
+
+@pytest.mark.parametrize("kind", ["client", "auth"])
+def test_a_refusal_after_a_redirect_is_heeded(kind: str) -> None:
+    echo, holder, gate = Echo("invented-a"), Holder("invented-a"), Gate()
+    echo.redirect_to, echo.failures = "/target", [302, 429]
+    with echo.running() as url, HTTPClient(holder, gate=gate) as http:
+        get, auth = (http.get, None) if kind == "client" else (requests.get, BearerAuth(holder, gate))
+        answer = in_time(get, f"{url}/redirect", auth=auth, timeout=30)
+    assert answer.status_code == (200 if kind == "client" else 429), "with an auth object that is the caller's"
+    assert gate.stats().refusals == 1
+    gate.close()
+
+
+@pytest.mark.parametrize("kind", ["client", "auth"])
+def test_a_streamed_answer_that_is_forgotten_gives_its_slot_back_at_once(
+    server: LoopbackServer, gate: Gate, kind: str
+) -> None:
+    """Not when the cycle collector comes by: the next request of the same task would wait for it."""
+    holder, url = Holder(login_at(server)), server.data_url(1, 100_000)
+    gc.disable()
+    try:
+        with HTTPClient(holder, gate=gate) as http, requests.Session() as plain:
+            get = http.get if kind == "client" else plain.get
+            auth = None if kind == "client" else BearerAuth(holder, gate)
+            for _ in range(3):
+                assert in_time(lambda: get(url, auth=auth, timeout=30, stream=True).status_code) == 200
+                assert gate.stats().connected == 0
+    finally:
+        gc.enable()
 
 
 def test_a_request_with_both_goes_through_once(server: LoopbackServer, gate: Gate) -> None:
@@ -294,6 +391,28 @@ def test_a_refused_token_that_was_renewed_in_the_gate_is_reported_as_what_it_was
     assert answer.status_code == 200
     assert [bearer for _, bearer, _ in echo.seen] == ["Bearer invented-b", "Bearer invented-d"]
     assert holder.reports == [2]
+
+
+def test_with_an_auth_object_each_redirect_carries_the_token_of_the_moment_after_its_wait() -> None:
+    holder, echo = Holder(*[f"invented-{letter}" for letter in "abcd"]), Echo("invented-c", "invented-d")
+    echo.redirect_to = "/target"
+    with contextlib.closing(LongGate(holder)) as gate, echo.running() as url, requests.Session() as http:
+        auth = BearerAuth(holder, gate)
+        answer = in_time(http.get, f"{url}/redirect", auth=auth, allow_redirects=False)
+        assert answer.next is not None
+        assert holder.token.generation == 2, "a redirect that is not followed has no wait"
+        assert in_time(http.send, answer.next, timeout=30).status_code == 200
+    assert [bearer for _, bearer, _ in echo.seen] == ["Bearer invented-b", "Bearer invented-c"]
+
+
+def test_a_redirect_to_another_origin_needs_no_leave() -> None:
+    first, second, holder = Echo("invented-b"), Echo(), Holder("invented-a", "invented-b")
+    with first.running() as url, second.running() as elsewhere, contextlib.closing(LongGate(holder)) as gate:
+        first.redirect_to = f"{elsewhere}/target"
+        auth = BearerAuth(holder, gate)
+        assert in_time(requests.get, f"{url}/redirect", auth=auth, timeout=30).status_code == 401
+    assert [bearer for _, bearer, _ in second.seen] == [None]
+    assert holder.token.generation == 2
 
 
 def test_what_goes_without_the_token_needs_no_leave(gate: Gate) -> None:

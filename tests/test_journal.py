@@ -53,11 +53,16 @@ def failed(job: Job, error: Exception | None = None) -> JobResult:
     return JobResult(job.index, job.key, "failed", None, error or ValueError("no data"), 3, 0.25)
 
 
-def carry_out(journal: Journal, *jobs: Job, fails: bool = False) -> None:
-    """Run jobs that the journal wants to be run."""
+def begin(journal: Journal, *jobs: Job) -> None:
     for job in jobs:
         assert journal.claim(job).verdict == "run"
         journal.begin(job, 4711)
+
+
+def carry_out(journal: Journal, *jobs: Job, fails: bool = False) -> None:
+    """Run jobs that the journal wants to be run."""
+    for job in jobs:
+        begin(journal, job)
         journal.end(failed(job) if fails else done(job), None if fails else f'{{"n": {job.args[0]}}}')
 
 
@@ -194,7 +199,11 @@ def test_a_key_that_was_never_added_may_be_denied_and_an_added_one_never() -> No
 # What is told
 
 
-def test_ends_are_told_in_order_and_only_when_another_process_could_read_them(path: Path) -> None:
+@pytest.mark.parametrize("is_begun_before", [False, True])
+def test_ends_are_told_in_order_and_only_when_another_process_could_read_them(
+    path: Path, *, is_begun_before: bool
+) -> None:
+    """As the file has them, whether their beginnings were in it already or not."""
     told: list[str] = []
 
     def tell(ended: list[Ended]) -> None:
@@ -206,7 +215,13 @@ def test_ends_are_told_in_order_and_only_when_another_process_could_read_them(pa
     jobs = [a_job(number) for number in range(50)]
     with Journal(path, TARGET, on_durable=tell) as journal:
         view = JournalView(path)
-        carry_out(journal, *jobs)
+        if is_begun_before:
+            begin(journal, *jobs)
+            journal.flush()
+            for job in jobs:
+                journal.end(done(job), f'{{"n": {job.index}}}')
+        else:
+            carry_out(journal, *jobs)
         journal.flush()
         assert told == [job.key for job in jobs]
 
@@ -222,6 +237,19 @@ def test_begun_jobs_are_seen_before_they_end(path: Path) -> None:
         record = view.record("key-1")
     assert record is not None
     assert (record.status, record.worker, record.starts) == ("done", 4711, 1)
+
+
+def test_a_job_that_is_begun_again_in_a_run_has_been_started_once(path: Path) -> None:
+    """Whether a beginning was written or not when the next attempt begins."""
+    with Journal(path, TARGET) as journal:
+        for number in (1, 2):
+            journal.claim(a_job(number))
+            journal.begin(a_job(number), 4711)
+            if number == 1:
+                journal.flush()
+            journal.begin(a_job(number), 4712)
+            journal.end(done(a_job(number)), "1")
+    assert [record.starts for record in JournalView(path).records()] == [1, 1]
 
 
 def test_what_the_callback_raises_reaches_the_run_and_costs_no_row(path: Path) -> None:
@@ -353,6 +381,20 @@ def test_fresh_forgets_everything_of_whatever_target_and_format(path: Path) -> N
     assert verdicts(path, 1, 2) == ["done", "run"]
 
 
+def test_what_is_to_be_replaced_is_known_from_the_emptying_to_the_first_job(path: Path) -> None:
+    """Also after runs that were killed before it."""
+    with Journal(path, TARGET) as journal:
+        carry_out(journal, a_job(1))
+    Journal(path, TARGET, replaced="not emptied, nothing to replace").close()
+    assert JournalView(path).replaced() == ""
+    Journal(path, TARGET, fresh=True, replaced="the output").close()
+    Journal(path, TARGET).close()
+    assert JournalView(path).replaced() == "the output"
+    with Journal(path, TARGET) as journal:
+        carry_out(journal, a_job(1))
+    assert JournalView(path).replaced() == ""
+
+
 def test_another_target_is_refused(path: Path) -> None:
     Journal(path, "other:target").close()
     before = path.read_bytes()
@@ -360,6 +402,24 @@ def test_another_target_is_refused(path: Path) -> None:
         Journal(path, TARGET)
     assert path.read_bytes()[100:] == before[100:]
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_other_names_for_the_jobs_are_refused(path: Path) -> None:
+    Journal(path, TARGET, key_field="id").close()
+    with pytest.raises(JournalMismatchError, match=r"by their field 'id', not by all their arguments; add --key id"):
+        Journal(path, TARGET)
+    Journal(path, TARGET, fresh=True).close()
+    with pytest.raises(JournalMismatchError, match="leave out --key"):
+        JournalView(path).check_purpose(TARGET, "id")
+
+
+def test_a_journal_that_does_not_say_what_names_its_jobs_goes_on(path: Path) -> None:
+    """An earlier version wrote no such note."""
+    Journal(path, TARGET, key_field="id").close()
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("DELETE FROM meta WHERE name = 'key_field'")
+    for key_field in ("id", None, "name"):
+        Journal(path, TARGET, key_field=key_field).close()
 
 
 def test_another_format_is_refused(path: Path) -> None:
@@ -659,6 +719,27 @@ def test_a_full_disk_is_how_the_run_ended_and_no_kill(small_disk: Path) -> None:
     summary = JournalView(path).summary()
     (run,) = summary.runs
     assert (summary.state, run.reason, run.done) == ("ended", "no space is left on its disk", len(told))
+
+
+@pytest.mark.parametrize("is_refused", [True, False])
+def test_a_run_that_ends_on_a_disk_without_a_free_byte_says_so(small_disk: Path, *, is_refused: bool) -> None:
+    """Whether it was the journal or something else that found no space: output and results may lie there as well."""
+    path = small_disk / "run.db"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pytest.raises(JournalFullError) if is_refused else contextlib.nullcontext())
+        journal = stack.enter_context(Journal(path, TARGET))
+        carry_out(journal, a_job(1))
+        journal.flush()
+        fill(small_disk)
+        journal.note(exit_code=1)
+        if is_refused:
+            carry_out(journal, a_job(2))
+            journal.flush()
+    assert not path.with_name("run.db.lock").exists()
+    summary = JournalView(path).summary()
+    (run,) = summary.runs
+    assert (summary.state, summary.done, run.exit_code) == ("ended", 1, 1)
+    assert run.reason == ("no space is left on its disk" if is_refused else None)
 
 
 def test_a_disk_that_is_full_from_the_start_is_told_at_once(small_disk: Path) -> None:

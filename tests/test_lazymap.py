@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import collections
 import itertools
-import math
-import pickle
 import threading
 import time
 from concurrent.futures import CancelledError, Future
@@ -14,8 +12,10 @@ import pytest
 
 from shpool.channels import BoardChannel
 from shpool.engines.base import BatchResult, Tally, Task
+from shpool.engines.slot import Slot
 from shpool.errors import UnpicklableError, WorkerLostError
-from shpool.lazymap import BATCH_SECONDS, LARGEST_BATCH, BatchSizer, LazyMap, MapOptions
+from shpool.lazymap import LazyMap
+from shpool.mapsizes import LARGEST_BATCH, MapOptions
 from shpool.retry import RetryPolicy
 from shpool.worker import call_each, load_error
 
@@ -32,6 +32,7 @@ class HeldEngine:
     failure = None
     largest_batch: int | None = None
     singles: int = 4
+    hears = False
 
     def __init__(self, workers: int = 2, seconds_per_item: float = 1.0) -> None:
         self.workers = workers
@@ -41,6 +42,7 @@ class HeldEngine:
         self.tasks: list[tuple[Task, Future[Any]]] = []
         self.seconds_per_item = seconds_per_item
         self.runs_at_once = False
+        self.drops = 0  # how often it was told that there may be something to drop
         self.loses: list[set[Any]] = []  # for each submission, what it may not contain without losing its worker
 
     @property
@@ -50,6 +52,9 @@ class HeldEngine:
     def terminate(self, future: Future[Any]) -> bool:
         return not future.done()
 
+    def recall(self, future: Future[Any]) -> None:
+        pass
+
     @property
     def backlog(self) -> int:
         return sum(not future.done() for _, future in self.tasks)
@@ -57,7 +62,7 @@ class HeldEngine:
     def start(self) -> None:
         pass
 
-    def prepare(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+    def prepare(self, fn: Callable[..., Any], *, serves_many: bool = False) -> Callable[..., Any]:
         return fn
 
     def submit(self, task: Task, future: Future[Any] | None = None) -> Future[Any]:
@@ -66,6 +71,9 @@ class HeldEngine:
         if self.runs_at_once:
             self.run(len(self.tasks) - 1)
         return future
+
+    def drop_abandoned(self) -> None:
+        self.drops += 1
 
     def shutdown(self, *, cancel: bool = False, kill: bool = False) -> None:
         pass
@@ -97,6 +105,10 @@ class HeldEngine:
         for index, (_, future) in enumerate(self.tasks):
             if not future.done():
                 self.run(index)
+
+    @property
+    def slots(self) -> list[Slot]:
+        return [future for _, future in self.tasks if isinstance(future, Slot)]
 
     @property
     def cancelled(self) -> int:
@@ -252,6 +264,7 @@ def test_closing_the_iterator_cancels_what_has_not_begun(*, unordered: bool) -> 
     next(results)
     results.close()  # type: ignore[attr-defined]  # a generator, as the executors' maps return
     assert engine.cancelled == len(engine.tasks) - 1
+    assert engine.drops == 1
 
 
 @pytest.mark.parametrize("unordered", [False, True])
@@ -281,6 +294,14 @@ def test_a_timeout_is_raised_by_the_iterator_and_cancels_the_rest(*, unordered: 
     assert engine.cancelled == len(engine.tasks)
 
 
+def test_what_has_landed_in_time_is_handed_out_after_the_timeout() -> None:
+    engine = HeldEngine(1)
+    results = lazy(engine, itself, range(3), timeout=0.0, chunksize=1).as_completed()
+    for index in range(3):
+        engine.run(index)
+    assert sorted(results) == [0, 1, 2]
+
+
 def test_the_timeout_counts_from_the_call() -> None:
     engine = HeldEngine()
     mapped = lazy(engine, itself, range(5), timeout=0.05)
@@ -299,13 +320,6 @@ def test_a_timeout_error_of_a_task_is_the_tasks_own() -> None:
 
     with pytest.raises(TimeoutError, match="the site is slow"):
         list(lazy(running_engine(), fail, range(3), timeout=10, chunksize=1).in_order())
-
-
-@pytest.mark.parametrize("name", ["chunksize", "buffersize"])
-@pytest.mark.parametrize("value", [0, -1, 1.5, "3", True])
-def test_sizes_are_checked(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be an integer >= 1"):
-        MapOptions(**{name: value})
 
 
 def test_a_task_timeout_sends_items_one_by_one() -> None:
@@ -444,66 +458,6 @@ def test_a_cancelled_batch_raises() -> None:
 # The sizer
 
 
-def test_the_first_batch_is_one_item() -> None:
-    assert BatchSizer(4, None, None).next_size(0) == 1
-
-
-def test_batches_of_tiny_tasks_grow_to_what_takes_thirty_milliseconds() -> None:
-    sizer = BatchSizer(4, None, None)
-    sizes = []
-    for _ in range(8):
-        sizes.append(sizer.next_size(0))
-        sizer.note(sizes[-1], sizes[-1] * 1e-4)
-    assert sizes == [1, 8, 64, 300, 300, 300, 300, 300]
-    assert sizes[-1] * 1e-4 == pytest.approx(BATCH_SECONDS)
-
-
-def test_batches_never_exceed_the_largest() -> None:
-    sizer = BatchSizer(4, None, None)
-    for _ in range(20):
-        sizer.note(sizer.next_size(0), 0.0)
-    assert sizer.next_size(0) == LARGEST_BATCH
-
-
-def test_batches_of_long_tasks_are_one_item() -> None:
-    sizer = BatchSizer(4, None, None)
-    sizer.note(1, 5.0)
-    assert sizer.next_size(0) == 1
-
-
-def test_a_batch_shrinks_when_tasks_turn_out_long() -> None:
-    sizer = BatchSizer(4, None, None)
-    for _ in range(6):
-        sizer.note(sizer.next_size(0), 1e-6)
-    sizer.note(sizer.next_size(0), 60.0)
-    assert sizer.next_size(0) < 1_000
-
-
-def test_the_last_items_are_shared_out_among_the_workers() -> None:
-    sizer = BatchSizer(4, None, expected=1_000)
-    for _ in range(20):
-        sizer.note(sizer.next_size(0), 0.0)
-    assert sizer.next_size(880) == math.ceil(120 / 12)
-    assert sizer.next_size(1_000) == 1
-
-
-def test_a_given_chunksize_stays() -> None:
-    sizer = BatchSizer(4, 7, expected=1_000)
-    sizer.note(7, 0.0)
-    assert sizer.next_size(999) == 7
-
-
-def test_a_batch_without_answers_teaches_nothing() -> None:
-    sizer = BatchSizer(4, None, None)
-    sizer.note(0, 0.0)
-    assert sizer.next_size(0) == 1
-
-
-def test_options_travel() -> None:
-    options = MapOptions(chunksize=3, timeout=1.0)
-    assert pickle.loads(pickle.dumps(options)) == options
-
-
 def test_the_input_is_pulled_in_the_consumers_own_thread() -> None:
     """A generator may hold a database cursor or a file that belongs to one thread."""
     pulling = set()
@@ -539,7 +493,161 @@ def test_an_item_that_failed_in_its_batch_waits_for_its_next_attempt() -> None:
     assert again.retries == 2
 
 
-@pytest.mark.parametrize("wrong", ["x", float("nan"), True])
-def test_a_timeout_must_be_a_number(wrong: Any) -> None:
-    with pytest.raises(ValueError, match="timeout must be"):
-        MapOptions(timeout=wrong)
+class _Held(HeldEngine):
+    """Runs batches at once; what runs again waits until a test lets it."""
+
+    def __init__(self, workers: int = 2, seconds_per_item: float = 1.0, size: int = 10) -> None:
+        super().__init__(workers, seconds_per_item)
+        self.size = size  # bytes of an item
+
+    def submit(self, task: Task, future: Future[Any] | None = None) -> Future[Any]:
+        self.runs_at_once = task.batch
+        if isinstance(future, Slot) and not task.batch:
+            future.put_off(self.size)
+        return super().submit(task, future)
+
+
+def _fail_first(*numbers: int) -> Callable[[int], int]:
+    left = set(numbers)
+
+    def fail(number: int) -> int:
+        if number in left:
+            left.remove(number)
+            raise ConnectionError
+        return number
+
+    return fail
+
+
+def test_where_no_order_is_kept_nothing_waits_for_an_item_that_runs_again() -> None:
+    """Its next attempt may be minutes away; meanwhile the workers have work, and the consumer results."""
+    engine = _Held()
+    source = Source(itertools.count())
+    results = lazy(engine, _fail_first(1, 4), source, chunksize=3, retries=1).as_completed()
+    assert list(itertools.islice(results, 40)) == [0, 2, 3, 5, *range(6, 42)]
+    engine.run_all()
+    assert set(itertools.islice(results, 40)) >= {1, 4}
+
+
+def test_what_runs_again_ends_an_unordered_map() -> None:
+    """It has landed before the input's end is told."""
+    engine = running_engine()
+    engine.loses = [set(), {4}]
+    results = lazy(engine, _fail_first(1), range(6), chunksize=3, retries=1).as_completed()
+    assert sorted(results) == list(range(6))
+
+
+def _fail_odd(number: int) -> int:
+    if number % 2:
+        raise ConnectionError
+    return number
+
+
+def _refuse(_: object) -> NoReturn:
+    raise ConnectionError
+
+
+@pytest.mark.parametrize(
+    ("workers", "chunksize", "fn", "at_most"),
+    [
+        (1, 2, _fail_odd, 2 * (4 * 3 * 2 + 3)),  # three batches of two, and of the others four times as many
+        (2, None, _refuse, 4 * 5 + 5),  # what is refused at once does not make batches grow
+        (1, 1000, _fail_odd, 2 * 256 + 3 * 1000),
+    ],
+)
+def test_items_that_run_again_stop_the_input_when_there_are_too_many(
+    workers: int, chunksize: int | None, fn: Callable[[int], int], at_most: int
+) -> None:
+    """Else an outage would have all of an endless input pulled."""
+    engine, source = _Held(workers, seconds_per_item=0.0), Source(itertools.count())
+    results = lazy(engine, fn, source, chunksize=chunksize, retries=9, timeout=0.0).as_completed()
+    with pytest.raises(TimeoutError):  # all has landed that was submitted, but for what waits
+        collections.deque(results, maxlen=0)
+    assert at_most * 0.7 < source.pulled <= at_most
+
+
+def test_large_items_that_run_again_keep_their_places_in_the_window() -> None:
+    """A few of 2 MB may wait beside it; an outage must not fill the memory."""
+    engine, source = _Held(workers=2, size=2_000_000), Source(itertools.count())
+    results = lazy(engine, _refuse, source, retries=9, timeout=0.0).as_completed()
+    with pytest.raises(TimeoutError):
+        next(results)
+    assert source.pulled == 5 + 2
+
+
+def test_one_large_item_that_runs_again_leaves_the_window_to_the_others() -> None:
+    engine = _Held(workers=1, size=2**30)
+    results = lazy(engine, _fail_first(1), range(100), chunksize=1 + 1, retries=1).as_completed()
+    assert list(itertools.islice(results, 99)) == [0, *range(2, 100)]
+
+
+def test_an_error_of_an_unordered_batch_comes_after_its_results() -> None:
+    """And cancels what was to run again."""
+    engine = _Held()
+
+    def wrong(number: int) -> int:
+        if number == 1:
+            raise KeyError(number)
+        if number == 2:
+            raise ConnectionError
+        return number
+
+    results = lazy(engine, wrong, range(4), chunksize=4, retries=1).as_completed()
+    assert [next(results), next(results)] == [0, 3]
+    with pytest.raises(KeyError):
+        next(results)
+    assert engine.cancelled == 1
+
+
+@pytest.mark.parametrize("options", [{"chunksize": 1}, {"task_timeout": 60.0}])
+@pytest.mark.parametrize("is_late", [False, True])
+def test_lone_items_that_wait_for_another_attempt_leave_the_window(options: dict[str, Any], *, is_late: bool) -> None:
+    """All of the first window do so, be it before its ends are listened to or after."""
+    engine = HeldEngine(workers=2)
+    mapped = lazy(engine, itself, itertools.count(), retries=1, **options)
+    results = mapped.as_completed() if is_late else None
+    assert len(engine.slots) == 8
+    for slot in engine.slots:
+        slot.put_off(10)
+    engine.runs_at_once = True
+    results = results or mapped.as_completed()
+    assert list(itertools.islice(results, 100)) == list(range(8, 108))
+    engine.run_all()
+    assert set(itertools.islice(results, 1000)) >= set(range(8))  # behind those that had landed before
+
+
+def test_what_was_put_off_and_has_landed_since_is_handed_out_once() -> None:
+    engine = HeldEngine(workers=2)
+    results = lazy(engine, itself, range(8), retries=1, chunksize=1).as_completed()
+    for slot in engine.slots:
+        slot.put_off(10)
+        slot.put_off(10)
+    engine.run_all()
+    assert list(results) == list(range(8))
+
+
+def test_lone_items_that_wait_stop_the_input_when_there_are_too_many() -> None:
+    """As those that have failed in a batch do."""
+
+    class Refusing(HeldEngine):
+        def submit(self, task: Task, future: Future[Any] | None = None) -> Future[Any]:
+            future = super().submit(task, future)
+            self.slots[-1].put_off(10)
+            return future
+
+    source = Source(itertools.count())
+    results = lazy(Refusing(workers=2), itself, source, retries=1, chunksize=1, timeout=0.0).as_completed()
+    with pytest.raises(TimeoutError):
+        next(results)
+    assert source.pulled == 8 + 4 * 8
+
+
+def test_an_ordered_map_keeps_what_waits_in_its_window() -> None:
+    """Whose results it would have to keep meanwhile."""
+    engine, source = HeldEngine(workers=2), Source(itertools.count())
+    results = lazy(engine, itself, source, retries=1, chunksize=1, timeout=0.0).in_order()
+    for slot in engine.slots:
+        slot.put_off(10)
+    with pytest.raises(TimeoutError):
+        next(results)
+    assert source.pulled == 8

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 from patience import PATIENCE, in_time, until
 
+from shpool.engines.drivers_clock import DriversClock
 from shpool.engines.lease_office import LeaseOffice
-from shpool.engines.leased_gate import DriversClock, LeasedGate
+from shpool.engines.leased_gate import LeasedGate
 from shpool.engines.leases import LATEST, LEASE, LONGEST_SILENCE, WITHIN, Ask, Grant
 from shpool.errors import GateUnreachableError
 from shpool.gate import Gate, Terms, Ticket
@@ -243,7 +244,7 @@ def test_a_slot_goes_from_hand_to_hand(wired: Callable[..., Wires]) -> None:
     ticket = first.acquire()
     other = second.try_acquire()
     assert second.advance(other) > 0
-    until(lambda: first._is_contended)
+    until(lambda: first._slots.is_contended)
     assert other.slot < 0
     ticket.release()
     moment_of(second, other)
@@ -265,7 +266,7 @@ def test_a_lease_that_is_not_renewed_ends_on_both_sides(wired: Callable[..., Wir
     first = wires.add("a")
     first.acquire().release()
     wires.is_cut = True
-    until(lambda: first._idle)
+    until(lambda: first._slots._idle)
     wires.clock.now += LEASE + 0.01
     ticket = first.try_acquire()
     assert first.advance(ticket) > 0

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -48,6 +50,7 @@ from shpool.errors import (
     TaskTimeoutError,
     UnpicklableError,
 )
+from shpool.processors import processor_count
 from shpool.testing import LoopbackServer, tile_bytes
 
 if TYPE_CHECKING:
@@ -78,7 +81,7 @@ def workers_of(pid: int) -> set[int]:
     found = set()
     for child in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if "popen_loky_posix" in " ".join(child.cmdline()):
+            if "shpool-worker" in " ".join(child.cmdline()):
                 found.add(child.pid)
     return found
 
@@ -90,6 +93,18 @@ def workers_of(pid: int) -> set[int]:
 def test_max_workers_is_checked(server: LoopbackServer, workers: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="max_workers must be"):
         AuthenticatedProcessPool(session_at(server), workers)
+
+
+@pytest.mark.parametrize(("files", "most"), [(1024, 328), (10**6, 4096)])
+def test_more_workers_than_one_machine_has_room_for_are_refused(
+    server: LoopbackServer, monkeypatch: pytest.MonkeyPatch, files: int, most: int
+) -> None:
+    """Each takes a process, and descriptors of this one."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+    for workers in (most + 1, 10**9):
+        with pytest.raises(ValueError, match=f"more than one machine has room for; give at most {most}"):
+            AuthenticatedProcessPool(session_at(server), workers)
+    assert AuthenticatedProcessPool(session_at(server), most).stats().workers == most
 
 
 def test_max_workers_is_the_number_of_processors_by_default(server: LoopbackServer) -> None:
@@ -476,6 +491,40 @@ def test_a_hanging_token_endpoint_does_not_keep_the_end_waiting(
             server.hang(False)
 
 
+def interrupted(number: int, called: list[int]) -> int:
+    called.append(number)
+    if number == 2:
+        signal.raise_signal(signal.SIGINT)
+    return number
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Have SIGINT raise KeyboardInterrupt, which a shell that runs the tests in the background has ignored."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("way", ["submit", "map", "map_unordered", "batches"])
+def test_an_interrupt_of_the_inline_engine_is_the_callers(server: LoopbackServer, way: str) -> None:
+    """The task runs in the caller's own thread, so it is the caller that ^C strikes."""
+    called: list[int] = []
+    fn = functools.partial(interrupted, called=called)
+    pool = AuthenticatedProcessPool(session_at(server), engine="inline")
+    ways: dict[str, Callable[[], Any]] = {
+        "submit": lambda: [pool.submit(fn, number) for number in range(20)],
+        "map": lambda: list(pool.map(fn, range(20), chunksize=1)),
+        "map_unordered": lambda: list(pool.map_unordered(fn, range(20))),
+        "batches": lambda: list(pool.map(fn, range(20), chunksize=10)),
+    }
+    with pool:
+        with pytest.raises(KeyboardInterrupt):
+            ways[way]()
+        assert called == [0, 1, 2]
+
+
 # Scripts, each in an interpreter of its own
 
 HEAD = """
@@ -559,7 +608,7 @@ def script(server: LoopbackServer, child_env: dict[str, str], tmp_path: Path) ->
         running.process.stderr.close()
         for pid in running.seen:
             with contextlib.suppress(psutil.NoSuchProcess):
-                if "popen_loky_posix" in " ".join(psutil.Process(pid).cmdline()):  # the id may be another's by now
+                if "shpool-worker" in " ".join(psutil.Process(pid).cmdline()):  # the id may be another's by now
                     os.kill(pid, signal.SIGKILL)
 
 
@@ -602,6 +651,27 @@ def test_functions_and_classes_of_main_travel(script: Callable[..., Script]) -> 
                 print(error.tile == Tile(2), "refuse" in str(error.__cause__))
     """).rest()
     assert lines == ["True [0, 1, 2, 3, 4]", "[10, 11, 12, 13, 14]", "[0, 3, 6]", "4", "True", "True True"]
+
+
+@slow
+def test_functions_of_main_travel_from_a_process_of_multiprocessings_own(script: Callable[..., Script]) -> None:
+    """There the script is imported under another name."""
+    lines = script("""
+        import multiprocessing
+
+        def square(number):
+            return number * number
+
+        def run():
+            with AuthenticatedProcessPool(session, 1) as pool:
+                print(*pool.map(square, range(3)), flush=True)
+
+        if __name__ == "__main__":
+            process = multiprocessing.get_context("spawn").Process(target=run)
+            process.start()
+            process.join()
+    """).rest()
+    assert lines == ["0 1 4"]
 
 
 @slow
@@ -766,7 +836,22 @@ def test_libraries_in_workers_share_the_processors(server: LoopbackServer, monke
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "7")
     with AuthenticatedProcessPool(session_at(server), 1, env={"MKL_NUM_THREADS": "5"}) as pool:
         names = ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "GDAL_NUM_THREADS"]
-        assert list(pool.map(variable, names)) == [str(os.cpu_count()), "5", "7", str(os.cpu_count())]
+        assert list(pool.map(variable, names)) == [str(processor_count()), "5", "7", str(processor_count())]
+
+
+@slow
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes are bound to processors on Linux alone")
+def test_only_the_processors_that_the_parent_may_use_are_shared(script: Callable[..., Script]) -> None:
+    """On a shared machine, or in a container, those are fewer than there are."""
+    running = script("""
+        for name in ("OMP_NUM_THREADS", "LOKY_MAX_CPU_COUNT"):
+            os.environ.pop(name, None)
+        os.cpu_count = lambda: 64
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        with AuthenticatedProcessPool(session, 1) as pool:
+            print(pool.submit(os.getenv, "OMP_NUM_THREADS").result())
+    """)
+    assert running.rest() == ["1"]
 
 
 @slow
@@ -832,8 +917,278 @@ def test_an_interrupt_while_workers_start_ends_a_script_at_once(
     until(lambda: workers_of(running.pid))
     os.killpg(running.pid, signal.SIGINT)
     assert running.end() in {-signal.SIGINT, 130}
-    assert "popen_loky_posix" not in running.errors()
+    assert "multiprocessing" not in running.errors()
     server.hang(False)
+
+
+@slow
+@pytest.mark.parametrize(
+    "waiting",
+    [
+        "pool.submit(time.sleep, 600).result()",
+        "pool.submit(time.sleep, 600).exception()",
+        "next(pool.map(time.sleep, [600]))",
+        "next(pool.map_unordered(time.sleep, [600]))",
+        "pool.submit(time.sleep, 600); pool.shutdown()",
+    ],
+)
+def test_an_interrupt_that_wakes_nobody_is_handled_soon(script: Callable[..., Script], waiting: str) -> None:
+    """As one that comes after Python's last look for signals, and before the system call that sleeps."""
+    running = script(f"""
+        def interrupt():  # the signal comes to this thread, so it does not wake the main one
+            until_it_sleeps()
+            os.kill(os.getpid(), signal.SIGINT)
+
+        def until_it_sleeps():
+            while True:
+                frame = sys._current_frames()[threading.main_thread().ident]
+                names = set()
+                while frame is not None:
+                    names.add(frame.f_code.co_name)
+                    frame = frame.f_back
+                if "wait_in_glances" in names:
+                    return
+                time.sleep(0.01)
+
+        pool = AuthenticatedProcessPool(session, 1)
+        with pool:
+            pool.submit(int).result()
+            threading.Thread(target=interrupt).start()
+            signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.SIGINT}})
+            {waiting}
+    """)
+    assert running.end() in {-signal.SIGINT, 130}
+    assert running.errors().endswith("KeyboardInterrupt\n")
+
+
+@slow
+def test_a_lock_of_all_imports_that_an_interrupt_has_left_taken_stops_no_pool(script: Callable[..., Script]) -> None:
+    """As ^C leaves it when it strikes the main thread's imports at the wrong moment: nobody else can import then."""
+    running = script("""
+        import _imp
+        _imp.acquire_lock()
+        with AuthenticatedProcessPool(session, 2) as pool:
+            print(sum(pool.map(abs, range(5))))
+    """)
+    assert running.rest() == ["10"]
+
+
+SIGNALLED = """
+    class Signalling:
+        def find_spec(self, name, path=None, target=None):
+            if name == sys.argv[2]:
+                sys.meta_path.remove(self)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    sys.meta_path.insert(0, Signalling())
+"""  # a signal in the middle of that import
+IMPORTED = ["shpool.engines.crew", "requests"]  # to launch the workers, and to log in
+
+
+@slow
+@pytest.mark.parametrize("name", IMPORTED)
+def test_a_handler_may_wait_while_the_pool_starts_for_a_thread_that_imports(
+    script: Callable[..., Script], name: str
+) -> None:
+    """As one does that has the rest of a script end in order."""
+    text = """
+    stop = threading.Event()
+
+    def tidy():
+        stop.wait()
+        import wave
+
+    def handle(number, frame):
+        stop.set()
+        thread.join()
+        raise SystemExit(143)
+
+    thread = threading.Thread(target=tidy, daemon=True)
+    thread.start()
+    signal.signal(signal.SIGTERM, handle)
+    with AuthenticatedProcessPool(session, 2) as pool:
+        pool.submit(time.sleep, 600).result()
+    """
+    running = script(SIGNALLED + text, name)
+    assert running.end() == 143, running.errors()
+
+
+@slow
+@pytest.mark.parametrize("name", IMPORTED)
+def test_a_handler_may_submit_while_the_pool_starts(script: Callable[..., Script], name: str) -> None:
+    """What it submits runs as any other task does, in the one crew there is."""
+    text = """
+    pool = AuthenticatedProcessPool(session, 2)
+    futures = []
+    signal.signal(signal.SIGTERM, lambda number, frame: futures.append(pool.submit(os.getppid)))
+    with pool:
+        print(futures[0].result() == pool.submit(os.getppid).result() == os.getpid(), pool.stats().logins)
+    """
+    running = script(SIGNALLED + text, name)
+    assert running.rest() == ["True 1"]
+
+
+@slow
+@pytest.mark.parametrize("name", IMPORTED)
+@pytest.mark.parametrize("end", ["terminate", "shutdown"])
+def test_a_handler_may_end_the_pool_while_it_starts(script: Callable[..., Script], end: str, name: str) -> None:
+    """It returns, so the start goes on, and finds that it is not wanted."""
+    text = """
+    pool = AuthenticatedProcessPool(session, 2)
+    signal.signal(signal.SIGTERM, lambda number, frame: getattr(pool, sys.argv[3])())
+    try:
+        with pool:
+            print("entered")
+    except RuntimeError as exc:
+        print(exc)
+    print(pool.stats().state)
+    """
+    running = script(SIGNALLED + text, name, end)
+    assert running.rest() == ["cannot schedule new futures after shutdown", "closed"]
+
+
+@slow
+@pytest.mark.parametrize("name", ["shpool-crew", "shpool-sharing"])
+def test_an_interrupt_while_a_thread_of_the_pool_starts_ends_that_too(script: Callable[..., Script], name: str) -> None:
+    """Else it runs on, with nobody to end it, into an interpreter that ends and lets nothing be imported."""
+    running = script(
+        """
+        import shpool.engines.birth  # so that the crew need not
+
+        def watch(frame, event, called):
+            if event == "c_return" and called.__name__.startswith("start_"):
+                if frame.f_locals["self"].name == sys.argv[2]:
+                    sys.setprofile(None)
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        pool = AuthenticatedProcessPool(session, 2)
+        sys.setprofile(watch)
+        try:
+            pool.__enter__()
+        except KeyboardInterrupt:
+            left = [thread.name for thread in threading.enumerate() if thread.name.startswith("shpool")]
+            print(pool.stats().state, left)
+    """,
+        name,
+    )
+    assert running.rest() == ["closed []"]
+
+
+class CallingSession:
+    """Calls something once, as a handler may: when its hosts are asked for, at which nothing runs yet, or its token."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, Callable[[], object]] = {}
+
+    @property
+    def token(self) -> dict[str, Any]:
+        self.calls.pop("token", int)()
+        return {"access_token": "invented", "expires_at": time.time() + 3600}
+
+    @property
+    def allowed_hosts(self) -> tuple[str, ...]:
+        self.calls.pop("hosts", int)()
+        return ()
+
+
+@slow
+@pytest.mark.parametrize("engine", ["loky", "inline"])
+@pytest.mark.parametrize("end", ["terminate", "shutdown"])
+@pytest.mark.parametrize("when", ["hosts", "token"])
+def test_a_pool_that_is_ended_at_any_step_of_its_start_leaves_nothing(
+    engine: str, end: str, when: str, memory_name: str
+) -> None:
+    """No worker, no name, no gate; and it starts no more."""
+    session = CallingSession()
+    pool = AuthenticatedProcessPool(session, 2, engine=engine, memory_name=memory_name)
+    session.calls[when] = getattr(pool, end)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+            pool.submit(abs, -1)
+    assert pool.stats().state == "closed"
+    assert not [path.name for path in SHARED_MEMORY.iterdir() if memory_name in path.name]
+
+
+@slow
+def test_what_logs_in_may_submit_to_the_pool_that_it_starts() -> None:
+    """The task waits for the token; there is one crew."""
+    futures: list[Future[int]] = []
+    session = CallingSession()
+    pool = AuthenticatedProcessPool(session, 1)
+    session.calls["token"] = lambda: futures.append(pool.submit(os.getppid))
+    with pool:
+        assert futures[0].result() == pool.submit(os.getppid).result() == os.getpid()
+        assert len(workers_of(os.getpid())) == 1
+        assert pool.stats().tasks_done == 2
+
+
+@slow
+def test_a_start_imports_nothing_where_a_signal_may_break_it(script: Callable[..., Script]) -> None:
+    """The main thread alone runs handlers; all that it imports there goes through what holds them off."""
+    running = script("""
+        import traceback
+
+        class Watching:
+            def find_spec(self, name, path=None, target=None):
+                callers = [frame.name for frame in traceback.extract_stack()]
+                if threading.current_thread() is threading.main_thread() and "import_each" not in callers:
+                    print(name, callers[-8:])
+
+        login = lambda: {"access_token": "invented", "expires_at": time.time() + 3600}
+        sys.meta_path.insert(0, Watching())
+        for each in (login, session):
+            with AuthenticatedProcessPool(each, 1) as pool:
+                pool.submit(abs, -1).result()
+                list(pool.map(abs, range(3)))
+            print("done")
+    """)
+    assert running.rest() == ["done", "done"]
+
+
+@slow
+def test_an_interrupt_that_leaves_the_lock_of_a_module_taken_ends_a_script(
+    script: Callable[..., Script], memory_name: str
+) -> None:
+    """The crew's thread waits for it for ever; there is no worker yet, so nobody need wait for that thread."""
+    running = script(
+        """
+        def login():
+            raise KeyboardInterrupt
+
+        sys.modules["_frozen_importlib"]._get_module_lock("loky").acquire()
+        with AuthenticatedProcessPool(login, 4, memory_name=sys.argv[2]) as pool:
+            pass
+    """,
+        memory_name,
+    )
+    assert running.end() in {-signal.SIGINT, 130}
+    assert running.errors().rstrip().endswith("KeyboardInterrupt")
+    assert not [path.name for path in SHARED_MEMORY.iterdir() if memory_name in path.name]
+
+
+@slow
+def test_a_child_forked_before_the_pool_can_launch_workers_is_told_that_the_pool_is_not_its_own(
+    script: Callable[..., Script],
+) -> None:
+    """It never gets what the thread that imports for the launches would tell it: that one is not in the child."""
+    running = script("""
+        import warnings
+
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork with threads, which is what is meant
+        lock = sys.modules["_frozen_importlib"]._get_module_lock("loky")
+        lock.acquire()
+        with AuthenticatedProcessPool(session, 2) as pool:
+            if (child := os.fork()) == 0:
+                try:
+                    pool.submit(abs, -1)
+                except RuntimeError as exc:
+                    print(str(exc).split(";")[0], flush=True)
+                os._exit(0)
+            os.waitpid(child, 0)
+            lock.release()
+            print(pool.submit(abs, -1).result())
+    """)
+    assert running.rest() == ["the pool belongs to the process that started it", "1"]
 
 
 KILLED = """

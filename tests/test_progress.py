@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import itertools
+import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 
@@ -42,6 +49,65 @@ def test_the_bar_tells_done_failed_time_and_token() -> None:
     assert "4/4" in last
     assert "failed 1, token 60 s" in last
     assert "tile/s" in last or "s/tile" in last
+
+
+def all_of(terminal: int) -> str:
+    """Return all that was written to a terminal whose other end is closed."""
+    pieces = []
+    with contextlib.suppress(OSError):  # its end
+        while piece := os.read(terminal, 65536):
+            pieces.append(piece)
+    os.close(terminal)
+    return b"".join(pieces).decode()
+
+
+def test_on_a_narrow_terminal_what_matters_most_is_kept() -> None:
+    reading, writing = pty.openpty()
+    fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("HHHH", 25, 80, 0, 0))
+    with (
+        os.fdopen(writing, "w", encoding="utf-8") as stream,
+        Progress(
+            1200,
+            desc="download",
+            unit="file",
+            stream=stream,
+            notes=lambda: ["87.6 MB", "28.9 MB/s"],
+            token=lambda: 598.0,
+        ) as progress,
+    ):
+        progress._bar.start_t -= 3.0  # as if it had run for so long
+        progress.done(573)
+        progress.failed(24)
+    last = re.split(r"[\r\n]+", all_of(reading).strip())[-1]
+    assert len(last) <= 80
+    assert last.endswith("87.6 MB, failed 24]")
+    assert "|█" in last
+
+
+def test_where_all_sizes_are_known_the_bar_is_of_bytes() -> None:
+    stream, moved = Terminal(), iter([0, 4_000_000])
+    latest = 0
+
+    def so_far() -> int:
+        nonlocal latest
+        latest = next(moved, latest)
+        return latest
+
+    with Progress(3, desc="download", stream=stream, size=12_000_000, moved=so_far, notes=lambda: ["1/3 files"]):
+        pass
+    last = stream.getvalue().split("\r")[-1]
+    assert "download  33%" in last
+    assert "4.00M/12.0M" in last
+    assert "1/3 files, failed 0" in last
+
+
+def test_bytes_of_former_runs_are_counted_once() -> None:
+    """Whoever draws the bar meanwhile has moved it by them already."""
+    stream = Terminal()
+    with Progress(3, desc="download", stream=stream, size=9_000, moved=lambda: 6_000, tick=0.01) as progress:
+        progress.update_token(None)
+        progress.pass_over(2, 6_000)
+    assert "6.00k/9.00k" in stream.getvalue().split("\r")[-1]
 
 
 def test_an_unknown_total_is_counted_too() -> None:
@@ -101,6 +167,26 @@ def test_the_bar_moves_while_nothing_ends() -> None:
         while "token 47 s" not in stream.getvalue():
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+def test_the_bar_makes_room_for_lines_on_its_terminal() -> None:
+    stream = Terminal()
+    with Progress(2, desc="tiles", stream=stream) as progress:
+        progress.done()
+        with progress.hidden():
+            begun = len(stream.getvalue())
+            stream.write("a line\n")
+    *_, cleared, _ = stream.getvalue()[:begun].rsplit("\r", 2)
+    assert cleared.isspace()
+    assert stream.getvalue()[begun:].startswith("a line\n\rtiles  50%|")
+
+
+def test_a_bar_in_a_file_is_left_as_it_stands() -> None:
+    stream = io.StringIO()
+    with Progress(2, desc="tiles", enabled=True, stream=stream) as progress:
+        begun = stream.getvalue()
+        with progress.hidden():
+            assert stream.getvalue() == begun
 
 
 def test_standard_output_stays_empty(capsys: pytest.CaptureFixture[str]) -> None:

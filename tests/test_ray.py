@@ -16,8 +16,17 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 from patience import PATIENCE, in_time, until
-from pool_tasks import access_token, begin_and_wait, double, meet, pid, report_refused
-from ray_fixture import SecondNode, needs_ray, processes_in_session
+from pool_tasks import (
+    access_token,
+    begin_and_wait,
+    begin_and_wait_or_double,
+    double,
+    fail,
+    meet,
+    pid,
+    report_refused,
+)
+from ray_fixture import SecondNode, needs_ray, processes_in_session, with_own_ray
 from ray_tasks import generation, generation_after, get, outposts
 
 from shpool import AuthenticatedProcessPool, OAuthSession
@@ -45,7 +54,8 @@ pytestmark = [pytest.mark.slow, *needs_ray]
 
 
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background has it ignored
 import psutil
 from shpool import AuthenticatedProcessPool, OAuthSession, RayEngine
 from shpool.errors import ClusterUnreachableError
@@ -62,9 +72,9 @@ def run_script(body: str, env: dict[str, str]) -> subprocess.CompletedProcess[st
     paths = os.pathsep.join([env["PYTHONPATH"], str(Path(__file__).parent)])
     code = SCRIPT + textwrap.indent(textwrap.dedent(body), "    ")
     command = [sys.executable, "-c", code]
-    return subprocess.run(
-        command, env={**env, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=3 * PATIENCE, check=False
-    )
+    env = {**env, "PYTHONPATH": paths}
+    # Ray's own waits for a head that is gone add up to 20 s on an idle machine already.
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=6 * PATIENCE, check=False)
 
 
 def keepers(node: LocalRay) -> list[psutil.Process]:
@@ -131,6 +141,7 @@ def test_sigterm_stays_the_callers(ray_engine: RayEngine, server: LoopbackServer
         assert signal.getsignal(signal.SIGTERM) is before
 
 
+@with_own_ray
 def test_a_ray_that_does_not_answer_is_told_within_ten_seconds(child_env: dict[str, str]) -> None:
     """Ray itself asks for more than a minute, in a thread that cannot be ended; so this runs in a process."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -175,9 +186,11 @@ def test_what_is_pending_is_done_before_the_interpreter_ends(ray_engine: RayEngi
 
 
 @pytest.fixture
-def lone_ray(ray_node: LocalRay) -> Iterator[LocalRay]:
+def lone_ray() -> Iterator[LocalRay]:
     """Run another Ray, of the test's alone."""
-    node = type(ray_node)(1)
+    from shpool.engines.ray_local import LocalRay
+
+    node = LocalRay(1)
     yield node
     node.close(is_answering=False)
     until(lambda: not processes_in_session(node.pid))
@@ -188,6 +201,7 @@ def pid_of_head(node: LocalRay) -> int:
     return head
 
 
+@with_own_ray
 def test_a_head_that_answers_no_more_ends_the_pool(lone_ray: LocalRay, child_env: dict[str, str]) -> None:
     """Ray itself would wait for it, at the end of the process too."""
     run = run_script(
@@ -204,6 +218,7 @@ def test_a_head_that_answers_no_more_ends_the_pool(lone_ray: LocalRay, child_env
     assert (run.stdout.splitlines()[-1], run.returncode) == ("left", 0)
 
 
+@with_own_ray
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_pool_can_be_left_when_the_head_does_not_answer(
     lone_ray: LocalRay, child_env: dict[str, str], number: signal.Signals
@@ -223,6 +238,29 @@ def test_a_pool_can_be_left_when_the_head_does_not_answer(
     assert (run.stdout.splitlines(), run.returncode, run.stderr) == (["1", "left"], 0, "")
 
 
+@with_own_ray
+def test_a_farewell_that_does_not_end_holds_up_the_end_of_the_process_no_longer(
+    lone_ray: LocalRay, child_env: dict[str, str]
+) -> None:
+    """Here it waits for one in another thread, as Ray lets one in at a time."""
+    run = run_script(
+        f"""
+        import threading, ray
+        try:
+            with AuthenticatedProcessPool(session, engine=RayEngine("{lone_ray.address}")) as pool:
+                print(pool.submit(abs, -1).result({PATIENCE}))
+                os.kill({pid_of_head(lone_ray)}, 19)
+                threading.Thread(target=ray.shutdown, daemon=True).start()
+                signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            print("left")
+            sys.exit(7)""",
+        child_env,
+    )
+    assert (run.stdout.splitlines(), run.returncode) == (["1", "left"], 7), run.stderr
+
+
+@with_own_ray
 def test_a_first_task_does_not_wait_for_the_head_for_ever(lone_ray: LocalRay, child_env: dict[str, str]) -> None:
     """With it Ray brings the function there."""
     run = run_script(
@@ -237,6 +275,7 @@ def test_a_first_task_does_not_wait_for_the_head_for_ever(lone_ray: LocalRay, ch
     assert (run.stdout.splitlines()[-1], run.returncode) == ("left", 0)
 
 
+@with_own_ray
 def test_a_head_that_does_not_answer_opens_no_pool(lone_ray: LocalRay, child_env: dict[str, str]) -> None:
     run = run_script(
         f"""
@@ -252,6 +291,7 @@ def test_a_head_that_does_not_answer_opens_no_pool(lone_ray: LocalRay, child_env
     assert run.stdout.endswith(" 0\n")
 
 
+@with_own_ray
 def test_a_ray_of_our_own_whose_head_is_stopped_is_ended(child_env: dict[str, str]) -> None:
     run = run_script(
         """
@@ -272,6 +312,7 @@ def test_a_ray_of_our_own_whose_head_is_stopped_is_ended(child_env: dict[str, st
 # A Ray of our own
 
 
+@with_own_ray
 def test_a_ray_of_our_own_begins_and_ends_with_the_pool(child_env: dict[str, str], tmp_path: Path) -> None:
     """As its users have it: Ray guards it by a token of its own, in the user's home."""
     del child_env["RAY_AUTH_MODE"]
@@ -292,6 +333,7 @@ def test_a_ray_of_our_own_begins_and_ends_with_the_pool(child_env: dict[str, str
     assert "WARNING" not in run.stderr
 
 
+@with_own_ray
 def test_a_ray_of_our_own_ends_with_a_killed_parent(child_env: dict[str, str]) -> None:
     run = run_script(
         """
@@ -307,6 +349,7 @@ def test_a_ray_of_our_own_ends_with_a_killed_parent(child_env: dict[str, str]) -
     assert not Path(folder).exists()
 
 
+@with_own_ray
 def test_a_ray_of_our_own_whose_head_is_stopped_ends_with_a_killed_parent(child_env: dict[str, str]) -> None:
     run = run_script(
         """
@@ -453,6 +496,26 @@ def test_a_timeout_ends_what_runs(ray_engine: RayEngine, server: LoopbackServer,
             task.result(PATIENCE)
         until(lambda: not psutil.pid_exists(int(begun.read_text())))
         assert pool.submit(double, 1).result(PATIENCE) == 2
+
+
+def test_a_call_that_takes_long_keeps_no_answer_of_others_back(
+    ray_engine: RayEngine, server: LoopbackServer, tmp_path: Path
+) -> None:
+    """Answers are fetched many at a time, the oldest calls' first; one of these may be held up, or be an error."""
+    begun, cue = tmp_path / "begun", tmp_path / "cue"
+    with AuthenticatedProcessPool(session_at(server), engine=ray_engine) as pool:
+        assert [task.result(PATIENCE) for task in flood(pool, [""] * 100)] == list(range(0, 200, 2))  # so many go ahead
+        held, *others = flood(pool, [str(begun), *[""] * 100], str(cue))
+        broken = pool.submit(fail, 7)
+        assert [task.result(PATIENCE) for task in others] == list(range(2, 202, 2))
+        assert isinstance(broken.exception(PATIENCE), ValueError)
+        assert not held.done()
+        cue.touch()
+        assert held.result(PATIENCE) == 0
+
+
+def flood(pool: AuthenticatedProcessPool, begun: list[str], cue: str = "") -> list[Future[int]]:
+    return [pool.submit(begin_and_wait_or_double, mark, cue, number) for number, mark in enumerate(begun)]
 
 
 def test_a_worker_is_replaced_after_the_calls_it_may_make(ray_engine: RayEngine, server: LoopbackServer) -> None:

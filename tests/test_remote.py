@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from concurrent.futures import wait
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 from patience import NEVER, PATIENCE, in_time, until
@@ -18,6 +18,7 @@ from shpool.engines.parcels import Parcel, TokenCell
 from shpool.engines.remote import RemoteEngine
 from shpool.engines.sealed import Answer
 from shpool.engines.serve import Kind
+from shpool.engines.slot import Slot
 from shpool.errors import (
     ClusterError,
     ClusterUnreachableError,
@@ -119,6 +120,14 @@ def task(engine: RemoteEngine, fn: Callable[..., Any], *args: Any, **words: Any)
     return Task(engine.prepare(fn), args, label=fn.__qualname__, **words)
 
 
+def raise_passing() -> NoReturn:
+    raise _PassingError
+
+
+class _PassingError(ConnectionError):
+    retry_after = NEVER
+
+
 def test_a_call_comes_back_as_its_futures_result(engine: RemoteEngine, cluster: HeldCluster) -> None:
     futures = [engine.submit(task(engine, double, 4)), engine.submit(task(engine, fail, 7))]
     cluster.run(2)
@@ -148,6 +157,25 @@ def test_a_slow_function_gets_no_calls_ahead(engine: RemoteEngine, cluster: Held
     assert futures[0].result(PATIENCE) == 0
     until(lambda: len(cluster.calls) == 2)
     assert not futures[3].running()
+
+
+def test_calls_go_ahead_by_their_own_functions_pace(engine: RemoteEngine, cluster: HeldCluster) -> None:
+    """What others take says nothing about a function that has not run yet."""
+    known = engine.submit(task(engine, double, 1))
+    cluster.run()
+    assert known.result(PATIENCE) == 2
+    others = [engine.submit(task(engine, add, number, 1)) for number in range(6)]
+    until(lambda: len(cluster.calls) == 2)
+    cluster.end(Answer(Kind.RESULT, 5.0, 1, _pickled(0)).to_bytes())
+    until(others[2].running)
+    assert not others[3].running()
+    for _ in range(5):
+        cluster.run()
+    assert [future.result(PATIENCE) for future in others] == [0, 2, 3, 4, 5, 6]
+    many = [engine.submit(task(engine, double, number)) for number in range(20)]
+    until(many[19].running)
+    cluster.run(20)
+    wait(many, PATIENCE)
 
 
 def test_a_lost_worker_is_an_error_or_another_attempt(engine: RemoteEngine, cluster: HeldCluster) -> None:
@@ -258,6 +286,25 @@ def test_terminate_stops_what_runs_and_drops_what_waits(engine: RemoteEngine, cl
 
 
 # Ends
+
+
+def test_what_was_abandoned_is_dropped_from_the_queue_and_gets_no_other_attempt(
+    engine: RemoteEngine, cluster: HeldCluster
+) -> None:
+    """A map was closed: of its calls one waits for its next attempt, two run, and one waits for a worker."""
+    slots = [Slot() for _ in range(4)]
+    for slot in slots:
+        engine.submit(task(engine, raise_passing, policy=RetryPolicy(3), timeout=NEVER), slot)  # one a worker
+    cluster.run()
+    until(lambda: engine.tally.retried == 1 and len(cluster.calls) == 2)
+    for slot in slots:
+        slot.abandon()
+    engine.drop_abandoned()
+    until(lambda: engine.backlog == 2)
+    assert [slot.cancelled() for slot in slots] == [False, False, False, True]
+    cluster.run(2)
+    until(lambda: engine.backlog == 0)
+    assert engine.tally.retried == 1
 
 
 def test_a_cluster_that_is_gone_ends_all_with_its_error(engine: RemoteEngine, cluster: HeldCluster) -> None:

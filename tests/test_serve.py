@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 from patience import PATIENCE, until
 from pool_tasks import Unpicklable, add, double, fail, functions_held
 
+from shpool.engines.keeping import key_of
 from shpool.engines.serve import HEADER, NO_KEY, Kind, Lifeline, Message, MessageBuffer, dump_setup, encode, serve
 from shpool.engines.setup import WorkerSetup
 from shpool.errors import UnpicklableError
@@ -21,8 +25,8 @@ from shpool.worker import dump, load, load_error
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-KEY = b"k" * 16
-OTHER_KEY = b"o" * 16
+KEY = key_of(b"one", serves_many=False)
+OTHER_KEY = key_of(b"another", serves_many=False)
 
 messages = st.lists(
     st.builds(
@@ -133,11 +137,36 @@ def test_a_function_is_remembered_under_its_key(parent: Parent) -> None:
     assert load(parent.call(3, 5).payload) == 10
 
 
-def test_forget_drops_all_functions(parent: Parent) -> None:
+def test_forget_drops_a_function(parent: Parent) -> None:
     parent.send(function(double), function(functions_held, OTHER_KEY))
     assert load(parent.call(1, key=OTHER_KEY).payload) == 2
-    parent.send(encode(Kind.FORGET), function(functions_held, OTHER_KEY))
+    parent.send(encode(Kind.FORGET, key=KEY))
     assert load(parent.call(2, key=OTHER_KEY).payload) == 1
+
+
+class Remembering:
+    """Keeps what it is called with."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def see(self, number: int) -> int:
+        self.seen.append(number)
+        return len(self.seen)
+
+
+def _counting_closure() -> Callable[[int], int]:
+    counting = Remembering()
+    return lambda number: counting.see(number)  # noqa: PLW0108 - a closure is the point
+
+
+@pytest.mark.parametrize(
+    "fn", [Remembering().see, functools.partial(Remembering.see, Remembering()), _counting_closure()]
+)
+def test_no_call_meets_what_another_one_has_left_in_its_function(parent: Parent, fn: Callable[..., Any]) -> None:
+    """As with the standard library's executor, and with loky."""
+    parent.send(function(fn))
+    assert [load(parent.call(number, number).payload) for number in range(3)] == [1, 1, 1]
 
 
 def test_a_function_that_was_never_sent_is_an_error_of_the_call(parent: Parent) -> None:
@@ -209,3 +238,30 @@ def test_what_is_given_back_is_told_before_anything_later_is_read() -> None:
 def test_an_initializer_that_cannot_be_pickled_is_named() -> None:
     with pytest.raises(UnpicklableError, match=r"initializer.*this value stays where it is"):
         dump_setup(WorkerSetup(initializer=print, initargs=(Unpicklable(),)))
+
+
+ORPHAN = """
+import os, socket, sys
+from shpool.board import anonymous_board
+from shpool.engines.serve import Lifeline, dump_setup, work
+from shpool.engines.setup import WorkerSetup
+
+ours, theirs = socket.socketpair()
+recalled, recall = os.pipe()
+lifeline = Lifeline(theirs, recalled)
+lifeline.watch = lambda: None  # it may be slower to notice than the main thread
+ours.close()
+board = anonymous_board()
+work(lifeline, board.reader(), dump_setup(WorkerSetup(*eval(sys.argv[1]))), ())
+print("ended", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("initializer", ["()", "(int, ('none',))"], ids=["fit", "unfit"])
+def test_a_worker_whose_parent_ends_while_it_starts_says_nothing(initializer: str) -> None:
+    """After a SIGTERM its traceback would be all that the terminal shows."""
+    done = subprocess.run(
+        [sys.executable, "-c", ORPHAN, initializer], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("ended\n", "", 0)

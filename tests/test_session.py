@@ -846,7 +846,7 @@ def test_no_failure_shows_a_secret(
     assert "\x1b" not in seen
 
 
-_SPECIAL = "canary/secret+4711=~ é"
+_SPECIAL = "canary/secret+4711qzvxj=~ é"
 
 
 @pytest.mark.parametrize(
@@ -867,7 +867,7 @@ def test_secret_is_masked_in_every_form_a_request_carries_it(server: LoopbackSer
     with pytest.raises(LoginError, match=r"not <\*\*\*=*>") as caught:
         OAuthSession(server.token_url, "demo-client", _SPECIAL).renew(None)
     seen = everything_about(caught.value, skip=1)
-    assert "4711" not in seen
+    assert "4711qzvxj" not in seen  # a number alone may be a port or an address
     assert echo not in seen
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from shpool.engines.slot import Slot
+from shpool.engines.slot import Slot, is_abandoned
 
 PATIENCE = 30.0  # s
 
@@ -114,3 +114,37 @@ def test_of_those_that_cancel_and_run_one_wins() -> None:
         for thread in threads:
             thread.join(PATIENCE)
         assert sorted(outcomes) == [False, True]
+
+
+def test_who_watches_hears_of_the_end_and_of_each_time_it_is_put_off() -> None:
+    """And in any case of what came before."""
+    slot, told = Slot(), list[tuple[int, bool]]()
+    slot.set_running_or_notify_cancel()
+    slot.put_off(3)
+    slot.watch(lambda _: told.append((slot.size, slot.done())))
+    slot.put_off(5)
+    slot.set_result(None)
+    slot.put_off(7)
+    assert told == [(3, False), (5, False), (5, True)]
+    slot.watch(lambda _: told.append((slot.size, slot.done())))
+    assert told[3:] == [(7, True)]
+
+
+def test_a_callback_of_the_end_does_not_hear_that_it_is_put_off() -> None:
+    slot, ends = Slot(), list[bool]()
+    slot.add_done_callback(lambda _: ends.append(slot.done()))
+    slot.put_off(5)
+    slot.set_running_or_notify_cancel()
+    slot.set_result(None)
+    assert ends == [True]
+
+
+def test_what_is_abandoned_is_cancelled_if_it_has_not_begun() -> None:
+    queued, running = Slot(), Slot()
+    running.set_running_or_notify_cancel()
+    for slot in (queued, running):
+        assert not is_abandoned(slot)
+        slot.abandon()
+        assert is_abandoned(slot)
+    assert (queued.cancelled(), running.running()) == (True, True)
+    assert not is_abandoned(Future())

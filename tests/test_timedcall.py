@@ -19,6 +19,10 @@ def double(number: int) -> int:
     return 2 * number
 
 
+def test_a_result_is_shown_as_itself() -> None:
+    assert repr(TimedCall(double)(4)) == "8"
+
+
 def test_a_timed_call_is_as_picklable_as_its_function() -> None:
     call = pickle.loads(pickle.dumps(TimedCall(double)))
     result, seconds, worker = call(4)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import FrameType
     from typing import NoReturn
+
+_IMPORTS_WITHIN = 0.4  # s a signal waits for their end; the whole exit must take less than one
+_STRIKE_EVERY = 0.001  # s between two looks at whether they have ended
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -21,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     try:
         _open_descriptors()
-        _end_on(signal.SIGTERM, signal.SIGHUP)
+        Ending().hear(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         # Imported here: ^C during the first tenth of a second must find the handling in place.
         from shpool_cli.commands import run_command
         from shpool_cli.console import guard_stdout
@@ -56,15 +60,52 @@ def _is_open(number: int) -> bool:
     return True
 
 
-def _end_on(*numbers: signal.Signals) -> None:
-    """End on these signals as on ^C: every ``with`` and ``finally`` on the way out cleans up."""
-    for number in numbers:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
-            signal.signal(number, _end)
+class Terminated(SystemExit):
+    """A signal has ended the command, and not a script of the user's that calls ``sys.exit`` when it is imported."""
 
 
-def _end(number: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
+class Ending:
+    """End the command on signals: every ``with`` and ``finally`` on the way out cleans up.
+
+    A signal that comes in the middle of an import strikes again until that is over, for a moment at most. The import
+    system is not safe from exceptions: it would print one and forget it, or make another one of it.
+    """
+
+    def __init__(self) -> None:
+        self._number = 0  # of the signal that waits
+        self._strikes_before = 0.0  # whatever is under way; by time.monotonic()
+
+    def hear(self, *numbers: signal.Signals) -> None:
+        """Take these signals, but for those that are ignored, as nohup ignores SIGHUP."""
+        signal.signal(signal.SIGALRM, self._strike)
+        for number in numbers:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._end)
+
+    def _end(self, number: int, _frame: FrameType | None) -> None:
+        if not self._number:
+            self._number, self._strikes_before = number, time.monotonic() + _IMPORTS_WITHIN
+        self._strike()
+
+    def _strike(self, *_: object) -> None:
+        if _is_importing() and time.monotonic() < self._strikes_before:
+            signal.setitimer(signal.ITIMER_REAL, _STRIKE_EVERY)
+            return
+        number, self._number = self._number, 0
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if number:  # else this is an alarm of somebody else's
+            raise Terminated(128 + number)
+
+
+def _is_importing() -> bool:
+    """Tell whether an import is under way; from a signal's handler."""
+    frame: FrameType | None = sys._getframe()  # noqa: SLF001 - the handler's own argument may be a frame that is over
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 if __name__ == "__main__":

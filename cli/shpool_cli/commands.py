@@ -86,7 +86,7 @@ def run_command(arguments: Sequence[str]) -> int:
     except (ShpoolError, CommandError) as error:
         return report(error)
     except _UsageError as error:
-        return _report_usage(error)
+        return _report_usage(error, command, arguments)
     except typer.Abort:
         raise KeyboardInterrupt from None
     except Exception as error:  # noqa: BLE001 - the border: whatever this is, it is ours to mend
@@ -110,13 +110,24 @@ def _speak_plainly() -> None:
     warnings.showwarning = show  # type: ignore[assignment]  # keyword arguments are never used by the interpreter
 
 
-def _report_usage(error: Exception) -> ExitCode:
+def _report_usage(error: Exception, command: object, arguments: Sequence[str]) -> ExitCode:
     context = getattr(error, "ctx", None)
-    path = context.command_path if context is not None else "shpool"
+    path = context.command_path if context is not None else _path_of(command, arguments)
     text = error.format_message()  # type: ignore[attr-defined]  # every click exception has it
     say("error: " + text.replace(": Value error, ", ": ", 1))  # typer's word for a value that is none of an enum's
     say(f"hint: {path} --help lists what there is")
     return ExitCode.USAGE
+
+
+def _path_of(command: object, arguments: Sequence[str]) -> str:
+    """Return the command that these words name; the parser does not say of all errors where they are from."""
+    path = ["shpool"]
+    for word in arguments:
+        command = getattr(command, "commands", {}).get(word)
+        if command is None:
+            break
+        path.append(word)
+    return " ".join(path)
 
 
 def _report_bug(error: Exception) -> ExitCode:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -28,10 +29,21 @@ _TIMEOUT = (4.0, 10.0)  # s to connect and to read; a token endpoint answers in 
 
 _T = TypeVar("_T")
 
+
+def _named(profile: str | None) -> str | None:
+    if profile == "":
+        msg = "--profile is empty"
+        raise CommandError(msg, "name a profile, or leave --profile out")
+    return profile
+
+
 ProfileOption = Annotated[
     str | None,
     typer.Option(
-        "--profile", help="Profile of the configuration file.", show_default="SH_PROFILE, else default-profile"
+        "--profile",
+        callback=_named,
+        help="Profile of the configuration file.",
+        show_default="SH_PROFILE, else default-profile",
     ),
 ]
 TokenUrlOption = Annotated[
@@ -77,6 +89,9 @@ def make_session(options: LoginOptions, *, may_prompt: bool = True) -> OAuthSess
     if options.client_id == "":
         msg = "--client-id is empty"
         raise CommandError(msg, "give the id, or leave --client-id out")
+    if options.scope is not None and not options.scope.strip():
+        msg = "--scope is empty"
+        raise CommandError(msg, "name the scopes, or leave --scope out")
     if options.scope is not None and options.token_url is None:
         msg = "--scope goes with --token-url"
         raise CommandError(msg, "add --token-url, or leave --scope out")
@@ -91,6 +106,21 @@ def make_session(options: LoginOptions, *, may_prompt: bool = True) -> OAuthSess
         return _session(options, config, client_id, secret)
     except ValueError as exc:
         raise CommandError(str(exc), "check --token-url or sh_token_url") from None
+
+
+def check_login(options: LoginOptions) -> None:
+    """Check what options and configuration say about the login; of what is missing warn only, and ask for nothing.
+
+    Raises:
+        CommandError: Something is wrong with it.
+        ConfigError: The configuration cannot be used.
+    """
+    try:
+        make_session(options, may_prompt=False)
+    except CommandError as exc:
+        if exc.code is not ExitCode.LOGIN:
+            raise
+        say(f"warning: {exc.error}, which a run needs; {exc.hint}")
 
 
 def read_config(profile: str | None) -> SHConfig:
@@ -109,7 +139,7 @@ def read_config(profile: str | None) -> SHConfig:
     if name not in profiles and (profiles or name != DEFAULT_PROFILE):
         there = f"choose one of {', '.join(profiles)} with --profile or SH_PROFILE, or " if profiles else ""
         msg = f"{path}: no profile {name!r}" + ("" if profiles else "; there are none")
-        raise CommandError(msg, f"{there}make it with: shpool config set NAME VALUE --profile {name}")
+        raise CommandError(msg, f"{there}make it with: shpool config set NAME VALUE --profile {shlex.quote(name)}")
     return SHConfig(profile)
 
 

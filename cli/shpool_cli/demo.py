@@ -17,7 +17,7 @@ import typer
 from shpool.refresh import LARGEST_SHARE, REFRESH_POINT
 from shpool.tokens import boot_time
 from shpool_cli.console import ExitCode, say
-from shpool_cli.options import at_least
+from shpool_cli.options import at_least, check_workers
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -106,6 +106,7 @@ def demo(
 
     Exit codes: 0 all tiles right, no 401 and no more logins than token lifetimes and one; 1 otherwise.
     """
+    check_workers(workers)
     raise typer.Exit(run_demo(tiles, workers, progress=progress, as_json=as_json))
 
 

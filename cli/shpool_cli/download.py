@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from shpool_cli.console import CommandError
 from shpool_cli.credentials import (
     ClientIdOption,
     LoginOptions,
@@ -28,7 +29,6 @@ from shpool_cli.options import (
     HaltOption,
     JournalOption,
     JsonOption,
-    LimitOption,
     MaxTimeOption,
     OnlyFailedOption,
     OutputOption,
@@ -38,8 +38,10 @@ from shpool_cli.options import (
     WorkersOption,
     at_least,
     check_journal,
+    check_workers,
     duration,
 )
+from shpool_cli.places import files_folder
 
 
 def download(  # noqa: PLR0913 - options of a command line
@@ -49,7 +51,13 @@ def download(  # noqa: PLR0913 - options of a command line
     ],
     *,
     folder: Annotated[
-        Path, typer.Option("--to", metavar="DIR", help="Where files go; made if need be. Nothing is written outside.")
+        Path,
+        typer.Option(
+            "--to",
+            parser=files_folder,
+            metavar="DIR",
+            help="Where files go; made if need be. Nothing is written outside.",
+        ),
     ],
     workers: WorkersOption = None,
     transfers: Annotated[
@@ -93,7 +101,14 @@ def download(  # noqa: PLR0913 - options of a command line
             show_default="2m",
         ),
     ] = 120.0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Fetch files that are there, too.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Fetch files that are there, too, with --journal also those that are done; after a run with "
+            "--overwrite that was ended early or had failures only what that has not fetched.",
+        ),
+    ] = False,
     ca_bundle: Annotated[
         Path | None,
         typer.Option(
@@ -105,7 +120,16 @@ def download(  # noqa: PLR0913 - options of a command line
     ] = None,
     halt: HaltOption = "never",  # type: ignore[assignment]  # typer parses defaults too
     max_time: MaxTimeOption = None,
-    limit: LimitOption = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit",
+            parser=at_least(1),
+            metavar="INTEGER",
+            help="Fetch so many files at most in this run; those that are there do not count.",
+            show_default="all",
+        ),
+    ] = None,
     journal: JournalOption = None,
     only_failed: OnlyFailedOption = False,
     fresh: FreshOption = False,
@@ -124,7 +148,9 @@ def download(  # noqa: PLR0913 - options of a command line
     INPUT is plain text (a URL a line), JSON Lines (a URL or an object) or CSV with a header. Objects and columns have
     url and, where known, path (below DIR; else the name is the URL's or the server's), size (bytes), sha256 and md5.
     The suffix tells: .jsonl, .ndjson, .json; .csv; else text. Standard input is JSON Lines. Blank lines are skipped.
-    All of it is checked before the login and before anything is fetched; two files with one path are refused.
+    All of it is checked before the login and before anything is fetched; lines may be appended meanwhile, for the next
+    run, but not changed or removed: that ends the run, with exit code 2. Lines that are equal in all fields are one
+    file, fetched once and reported for each line; other two with one path are refused.
 
     A file stands under its name only once it is complete, verified and on disk; until then it is NAME.part, from which
     the next run goes on. A right file that is there is not fetched again: right by its checksum, where one is given or
@@ -137,7 +163,8 @@ def download(  # noqa: PLR0913 - options of a command line
     Results are JSON Lines in the order the files finish: index, key, status, result (url, path, bytes, received,
     was_there, by_size) or error, attempts, seconds.
 
-    ^C lets running groups of files end for half a second; a second ^C ends at once. The same command goes on.
+    ^C lets running groups of files end for half a second; a second ^C ends at once. The same command goes on; one with
+    --overwrite needs --journal for that.
 
     Exit codes: 0 all done, or as many as --limit asks for, 1 some files failed or were not reached, 2 bad usage or
     input, 3 no login, 129 hung up, 130 interrupted, 143 terminated.
@@ -165,13 +192,23 @@ def download(  # noqa: PLR0913 - options of a command line
         gate=GateOptions(gate, rate, units, connections),
     )
     check_journal(journal, source, output, fresh=fresh, only_failed=only_failed)
+    check_workers(workers)
+    _check_transfers(transfers)
     if ca_bundle is not None:
         _check_authorities(ca_bundle)
-    summary = FileSummary()
+    summary = FileSummary(limit=limit)
     see_through(lambda stdout: carry_out(order, stdout, summary), summary, output, as_json=as_json)
     if not summary.is_complete:
-        say_how_to_go_on(journal, fresh=fresh)
+        say_how_to_go_on(journal, fresh=fresh, begins_anew=overwrite and journal is None)
     raise typer.Exit(summary.exit_code)
+
+
+def _check_transfers(number: int) -> None:
+    from shpool.downloads.descriptors import enough_for, most_transfers
+
+    if number > most_transfers():
+        msg = f"--transfers {number} needs more open files than a process may have"
+        raise CommandError(msg, f"give at most {most_transfers()}, or raise the limit: ulimit -n {enough_for(number)}")
 
 
 def _check_authorities(bundle: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from typing import TYPE_CHECKING, BinaryIO
 
 from shpool.errors import ShpoolError
-from shpool_cli.console import CommandError, ExitCode, private_stdout, report, say
+from shpool_cli.console import CommandError, private_stdout, report, say
 from shpool_cli.stopping import code_of
 
 if TYPE_CHECKING:
@@ -29,8 +30,7 @@ def see_through(carry: Callable[[BinaryIO], None], summary: Summary, output: Pat
     with private_stdout() as stdout:
         try:
             carry(stdout)
-            if summary.failed or summary.halted:
-                summary.exit_code = ExitCode.FAILED
+            summary.exit_code = summary.outcome
         except (KeyboardInterrupt, SystemExit, ShpoolError, CommandError) as stop:
             if summary.jobs is None:
                 raise
@@ -41,8 +41,17 @@ def see_through(carry: Callable[[BinaryIO], None], summary: Summary, output: Pat
         summary.tell(stdout if output is not None else None, as_json=as_json)
 
 
-def say_how_to_go_on(journal: Path | None, *, fresh: bool) -> None:
-    """Say what the user may do about a run that is not complete."""
+def say_how_to_go_on(journal: Path | None, *, fresh: bool, begins_anew: bool = False) -> None:
+    """Say what the user may do about a run that is not complete.
+
+    Args:
+        journal: The run's, if it has one.
+        fresh: It began with an empty one.
+        begins_anew: The same command would do again what is done.
+    """
+    if begins_anew:
+        say("hint: the same command begins anew; with --journal, too, it would go on where it ended")
+        return
     same = "the same command without --fresh" if fresh else "the same command"
-    more = "" if journal is None else f"; shpool status {journal} tells more"
+    more = "" if journal is None else f"; shpool status {shlex.quote(str(journal))} tells more"
     say(f"hint: {same} goes on where this one ended{more}")

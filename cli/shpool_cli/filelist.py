@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
 from typing import TYPE_CHECKING
 
-from shpool.errors import InputError, TargetPathError
+from shpool.errors import InputError, InsecureUrlError, TargetPathError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from shpool.downloads import DownloadItem, PlannedItem
     from shpool.jobs import Job
@@ -26,7 +28,7 @@ class Files:
 
     Attributes:
         count: How many they are, once checked.
-        total: Bytes they have in all; 0 where that is not known.
+        total: Bytes they have in all, each file counted once; 0 where that is not known.
     """
 
     def __init__(self, source: Input, target: str) -> None:
@@ -34,29 +36,78 @@ class Files:
         self._target = target
         self.count = 0
         self.total = 0
+        self._open_hosts: set[str] = set()  # that are to be asked over an unencrypted connection
+        self._copies = array("Q")  # 16 bytes for each line that repeats another, and nothing for the others
+        self._first_and_copy = array("Q")  # 32 bits each, so that those of one file stand together
 
     def check(self) -> None:
         """Read everything.
 
         Raises:
-            InputError: A line is no file to fetch, or another line has its path.
+            InputError: A line is no file to fetch, or another line has its path and is not equal.
         """
         from shpool.downloads import Planner
+        from shpool.origins import host_of, is_secure_url
 
-        planner, sized, total = Planner(), 0, 0
+        planner, index, sized, total = Planner(), 0, 0, 0
+        first_and_copy = array("Q")
 
         def fits(call: Call) -> None:
-            nonlocal sized, total
+            nonlocal index, sized, total
             try:
-                size = planner.plan(0, item_of(call)).item.size
+                first, item, _ = planner.plan(index, item_of(call))
             except TargetPathError as exc:
                 reason, _, hint = str(exc).rpartition("; ")
                 raise InputError(_ITEM, reason, hint) from None
-            sized += size is not None
-            total += size or 0
+            if not item.url.startswith("https:") and not is_secure_url(item.url):
+                self._open_hosts.add(host_of(item.url))
+            sized += item.size is not None
+            if first == index:
+                total += item.size or 0
+            else:
+                self._copies.append(index)
+                first_and_copy.append(first << 32 | index)
+            index += 1
 
         self.count = self._source.check(each=fits)
         self.total = total if sized == self.count else 0
+        self._first_and_copy = array("Q", sorted(first_and_copy))
+
+    def check_connections(self, allowed_hosts: Sequence[str]) -> None:
+        """Refuse files that the token would have to travel to unencrypted: each of them would fail.
+
+        Args:
+            allowed_hosts: The session's: hosts that may be sent the token, empty for all; others are asked without.
+
+        Raises:
+            InputError: There is such a file; the first one's line.
+        """
+        from shpool.origins import host_of, is_secure_url
+
+        hosts = {host for host in self._open_hosts if not allowed_hosts or host in allowed_hosts}
+
+        def is_safe(call: Call) -> None:
+            url = item_of(call).url
+            if host_of(url) in hosts and not is_secure_url(url):
+                reason, _, hint = str(InsecureUrlError(host_of(url))).rpartition("; ")
+                raise InputError(_ITEM, reason, hint)
+
+        if hosts:
+            self._source.check(each=is_safe)
+
+    def is_copy(self, index: int) -> bool:
+        """Tell whether an earlier line names the same file."""
+        place = bisect_left(self._copies, index)
+        return place < len(self._copies) and self._copies[place] == index
+
+    def copies_of(self, index: int) -> Iterator[int]:
+        """Yield the indexes of later lines that name the same file."""
+        pairs, least = self._first_and_copy, index << 32
+        for place in range(bisect_left(pairs, least), len(pairs)):
+            copy = pairs[place] - least
+            if copy >> 32:
+                return
+            yield copy
 
     def planned(self) -> Iterator[tuple[Job, PlannedItem]]:
         """Yield each file and its job, in the order of the input."""

@@ -12,7 +12,7 @@ from shpool_cli.reporting import Report
 from shpool_cli.summary import Summary
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from shpool.downloads import DownloadResult
     from shpool.progress import Progress
@@ -28,7 +28,7 @@ class FileSummary(Summary):
         present: Of the files that are done, those that were there already and were not fetched.
         by_size: Of these, those of which only the size says that they are right.
         lost: Files that an earlier run had done, by the journal, and that were gone or of another size.
-        bytes: Size of those that are done in this run, present ones included.
+        bytes: Size of those that are done in this run, present ones included; of a file that several lines name, once.
         received: Bytes that were transferred for them.
     """
 
@@ -53,36 +53,53 @@ class FileReport(Report):
         super().__init__(writer, summary, bar)
         self._files = summary
 
-    def tell(self, records: Sequence[Record]) -> None:
-        """Write and count records of this run, each with what ``file_of`` says."""
+    def tell(self, records: Sequence[Record], *, again: bool = False) -> None:
+        """Write and count records of this run, each with what ``file_of`` says.
+
+        Args:
+            records: Those of one file, named by several lines, stand together: its bytes count once.
+            again: The files were told before, and their bytes are counted.
+        """
+        told = [(record.key, json.loads(record.result)) for record in records if record.result is not None]
+        once = [] if again else dict(told).values()
+        with self._lock:  # first, as the bar shows them
+            self._files.present += sum(each["was_there"] for _, each in told)
+            self._files.by_size += sum(each["by_size"] for _, each in told)
+            self._files.bytes += sum(each["bytes"] for each in once)
+            self._files.received += sum(each["received"] for each in once)
         super().tell(records)
-        told = [json.loads(record.result) for record in records if record.result is not None]
-        with self._lock:
-            self._files.present += sum(each["was_there"] for each in told)
-            self._files.by_size += sum(each["by_size"] for each in told)
-            self._files.bytes += sum(each["bytes"] for each in told)
-            self._files.received += sum(each["received"] for each in told)
 
 
 class Traffic:
-    """Say for the bar how many bytes have come, and how fast.
+    """Say for the bar how many files and bytes have come, and how fast.
 
     Args:
         summary: Where they are counted.
-        total: Bytes of all files; 0 where that is not known.
+        total: Bytes of all files; 0 where that is not known, or not all of them are asked for.
+        before: Bytes of these that former runs have fetched.
+        under_way: Returns the bytes that have come of files that are not over.
     """
 
-    def __init__(self, summary: FileSummary, total: int) -> None:
+    def __init__(
+        self, summary: FileSummary, total: int = 0, before: int = 0, under_way: Callable[[], int] = int
+    ) -> None:
         self._summary = summary
         self._total = total
+        self._before = before
+        self._under_way = under_way
         self._began = time.monotonic()
 
-    def __call__(self) -> str:
-        """Return the words."""
+    def moved(self) -> int:
+        """Return the bytes that are there."""
+        return self._before + self._summary.bytes + self._under_way()
+
+    def words(self) -> list[str]:
+        """Return what the bar does not say by itself."""
         summary = self._summary
-        of_all = f"/{shown_bytes(self._total)}" if self._total else ""
-        rate = summary.received / max(time.monotonic() - self._began, 1e-3)
-        return f"{shown_bytes(summary.bytes)}{of_all}, {shown_bytes(rate)}/s"
+        if self._total:
+            return [f"{summary.before + summary.done + summary.failed}/{summary.jobs} files"]
+        rate = (summary.received + self._under_way()) / max(time.monotonic() - self._began, 1e-3)
+        return [shown_bytes(summary.bytes + self._under_way()), f"{shown_bytes(rate)}/s"]
 
 
 def file_of(result: DownloadResult) -> dict[str, Any]:

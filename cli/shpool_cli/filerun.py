@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from bisect import bisect_left
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from shpool_cli.credentials import log_in_patiently
 from shpool_cli.filereport import FileReport, Traffic, file_of
-from shpool_cli.journaling import note_counts, noting
-from shpool_cli.output.records import recorded
-from shpool_cli.stopping import Stopper
+from shpool_cli.journaling import is_begun_anew
+from shpool_cli.output.records import recalled, recorded
+from shpool_cli.places import own_files
+from shpool_cli.pooling import running_pool
+from shpool_cli.stopping import Intact, Stopper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from shpool.downloads import DownloadResult, FetchGroup, PlannedItem
+    from shpool.downloads import DownloadResult, FetchGroup, GroupRun, PlannedItem
     from shpool.halting import HaltPolicy
     from shpool.jobs import Job
     from shpool.journal import Journal
@@ -64,8 +65,7 @@ class Order:
     @property
     def is_begun_anew(self) -> bool:
         """Whether no former run matters: then an output that holds something cannot be of these files."""
-        path = self.journal
-        return path is None or self.fresh or not path.exists() or (path.is_file() and not path.stat().st_size)
+        return is_begun_anew(self.journal, fresh=self.fresh)
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,18 @@ class Ends:
         journal: The journal, if there is one.
         told: Where the journal finds the report.
         before: Files that former runs have done.
+        bytes_before: Bytes of these.
         lost: Indexes of others that they have done and that are not there any more, in order.
+        since: The first run whose files count as done; those of runs before it are fetched anew.
     """
 
     writer: ResultWriter
     journal: Journal | None
     told: list[FileReport]
     before: int
+    bytes_before: int = 0
     lost: Sequence[int] = ()
+    since: int = 0
 
 
 @dataclass
@@ -97,49 +101,31 @@ class FileRun:
     ends: Ends
     summary: FileSummary
     _keys: dict[int, str] = field(default_factory=dict)  # of files under way: no more than the groups hold
+    _run: GroupRun | None = field(default=None, init=False)
 
     def carry(self) -> None:
         """Log in and fetch the files; ``summary.jobs`` is set once that has begun."""
-        from shpool.pool import AuthenticatedProcessPool
         from shpool.progress import Progress
 
-        summary, journal = self.summary, self.ends.journal
-
-        def opened() -> AuthenticatedProcessPool:
-            gate = self.order.gate.make()
-            stack.callback(gate.close)
-            return stack.enter_context(
-                AuthenticatedProcessPool(self.session, max_workers=self.order.workers, gate=gate)
-            )
-
-        def conclude() -> None:
-            """Count once the pool has ended: its last login is in it then."""
-            stats = pool.stats()
-            summary.note(stats)
-            if journal is not None:
-                note_counts(journal, stats)
-
-        def end_at_once(kind: type[BaseException] | None, *_: object) -> None:
-            """Wait for no transfer where its result has nowhere to go."""
-            if kind is not None:
-                pool.terminate()
-
-        with contextlib.ExitStack() as after, contextlib.ExitStack() as stack:
-            pool = log_in_patiently(self.session, opened)
-            after.callback(conclude)
-            stack.push(end_at_once)
-            stack.enter_context(noting(journal, pool))
+        order, summary, journal = self.order, self.summary, self.ends.journal
+        jobs = self._left if order.limit is None else min(order.limit, self._left)
+        with running_pool(self.session, order.gate, journal, summary, workers=order.workers, jobs=jobs) as pool:
             summary.jobs, summary.before = self.files.count, self.ends.before
+            is_all = not order.only_failed and order.limit is None
+            total = self.files.total if is_all else 0
+            traffic = Traffic(summary, total, self.ends.bytes_before, self._under_way)
             bar = Progress(
                 self.files.count,
                 desc="download",
                 unit="file",
-                enabled=self.order.progress,
+                enabled=order.progress,
                 token=lambda: pool.stats().token_remaining,
-                note=Traffic(summary, self.files.total),
+                notes=traffic.words,
+                size=total,
+                moved=traffic.moved,
             )
             with bar, contextlib.ExitStack() as flushed:
-                bar.pass_over(self.ends.before)
+                bar.pass_over(self.ends.before, self.ends.bytes_before)
                 report = FileReport(self.ends.writer, summary, bar)
                 self.ends.told.append(report)
                 if journal is not None:
@@ -151,11 +137,10 @@ class FileRun:
     def _fetch(self, pool: AuthenticatedProcessPool, report: FileReport) -> None:
         from shpool.downloads import GroupRun
 
-        order, failed = self.order, 0
-        count = self.files.count if order.limit is None else min(order.limit, self.files.count)
-        planned = self._claimed(lambda: run.is_stopping, report)
-        run: GroupRun = GroupRun(pool, self._group(), planned, count=count, begun=self._begin)
-        with contextlib.closing(run), Stopper(run, order.halt, self.files.count, order.max_time) as stopper:
+        order, intact, failed = self.order, Intact(), 0
+        planned = intact.only(self._claimed(lambda: run.is_stopping, report))
+        run = self._run = GroupRun(pool, self._group(), planned, count=self._left, limit=order.limit, begun=self._begin)
+        with contextlib.closing(run), Stopper(run, order.halt, self.files.count, order.max_time, "file") as stopper:
             for result in run:
                 failed += self._take(result, report)
                 stopper.note_failures(failed)
@@ -163,6 +148,15 @@ class FileRun:
         self.summary.halted = stopper.reason
         if stopper.is_killing:
             pool.terminate()
+        intact.pass_on()
+
+    @property
+    def _left(self) -> int:
+        """How many files there are that former runs have not done."""
+        return self.files.count - self.ends.before
+
+    def _under_way(self) -> int:
+        return 0 if self._run is None else self._run.bytes_under_way
 
     def _group(self) -> FetchGroup:
         from shpool.downloads import FetchGroup, FetchSettings
@@ -172,33 +166,38 @@ class FileRun:
         bundle = None if order.ca_bundle is None else str(order.ca_bundle.absolute())
         curl = CurlOptions(order.transfers, order.stall_timeout, bundle)
         folder = str(order.folder.absolute())
-        return FetchGroup(FetchSettings(folder, curl, order.retries, order.timeout, order.overwrite, durable=True))
+        reserved = own_files(order.source, order.output, order.journal)
+        return FetchGroup(
+            FetchSettings(folder, curl, order.retries, order.timeout, order.overwrite, durable=True, reserved=reserved)
+        )
 
     def _claimed(self, is_stopping: Callable[[], bool], report: FileReport) -> Iterator[PlannedItem]:
         """Yield the files to fetch."""
-        begun = 0
         for job, planned in self.files.planned():
-            if begun == self.order.limit or is_stopping():
+            if is_stopping():
                 return
             if self._is_wanted(job, report):
-                begun += 1
                 self._keys[job.index] = job.key
                 yield planned
 
     def _is_wanted(self, job: Job, report: FileReport) -> bool:
         journal = self.ends.journal
         if journal is None:
-            return True
+            return not self.files.is_copy(job.index)  # it is told with the first
         lost = self.ends.lost
         place = bisect_left(lost, job.index)
         is_lost = place < len(lost) and lost[place] == job.index
         claim = journal.claim(job, only_failed=self.order.only_failed, redo=is_lost)
+        if claim.verdict == "done" and claim.record is not None and claim.record.run < self.ends.since:
+            claim = journal.claim(job, redo=True)
         if claim.verdict == "skip":
             report.skip(job.index)
+        elif claim.verdict == "duplicate" and claim.record is not None:  # of one that has ended in this run
+            report.tell([recalled(job.index, claim.record)], again=True)
         return claim.verdict == "run"
 
     def _begin(self, items: Sequence[PlannedItem]) -> None:
-        """Note that a worker has these files in hand; it began with as many as it transfers at once."""
+        """Note that a worker has begun these files."""
         from shpool.jobs import Job
 
         if self.ends.journal is not None:
@@ -221,7 +220,8 @@ class FileRun:
         )
         job, record = recorded(job)
         if self.ends.journal is None:
-            report.tell([record])
+            copies = self.files.copies_of(record.index)
+            report.tell([record, *(replace(record, index=index) for index in copies)])
         else:
             self.ends.journal.end(job, record.result)
         return has_failed

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, BinaryIO
 
-from shpool.errors import JournalMismatchError
 from shpool_cli.console import CommandError, ExitCode, say
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from shpool.jobs import Job
     from shpool.journal import JobRecord
     from shpool_cli.order import Work
 
 
-def foresee(work: Work, stdout: BinaryIO) -> None:
+def foresee(work: Work, stdout: BinaryIO, check_login: Callable[[], None]) -> None:
     """Say for each job what a run would do with it; nothing runs, and nothing is made.
+
+    Args:
+        work: What would be done.
+        stdout: Where that is written.
+        check_login: Called once, before the first job that would run: without one a run does not log in.
 
     Raises:
         JournalError: The journal cannot be used.
@@ -26,6 +30,8 @@ def foresee(work: Work, stdout: BinaryIO) -> None:
     would = done = 0
     try:
         for line in _foreseen(work):
+            if line["would_run"] and not would:
+                check_login()
             would += line["would_run"] is True
             done += line["status"] == "done"
             stdout.write(f"{json.dumps(line)}\n".encode())
@@ -61,6 +67,5 @@ def _with_records(work: Work) -> Iterator[tuple[Job, JobRecord | None]]:
     from shpool.journal import JournalView
 
     view = JournalView(path)
-    if view.target != str(work.function):
-        raise JournalMismatchError(str(path), "target", repr(view.target), repr(str(work.function)))
+    view.check_purpose(str(work.function), work.order.key)
     return view.lookup(work.jobs())

@@ -1,22 +1,24 @@
 """The INPUT of a batch: JSON Lines, CSV or plain text, checked whole before the first job runs.
 
 It stands with the command line, not in the library: only a shell needs its calls from a file. It reads
-one line at a time, twice: once to check and to count, once to run.
+one line at a time, twice: once to check and to count, once to run. Both get the same bytes or an error, see `blocks`:
+what is appended meanwhile belongs to the next run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
-import shutil
 import sys
 import tempfile
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from shpool.errors import InputError
+from shpool_cli.blocks import Blocks, unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 # CSV fields may hold geometries as WKT; the module's own limit is 128 KiB. C longs have 32 bits on Windows.
 _LONGEST_FIELD = 2**31 - 1
 
+_CHUNK = 1 << 20  # bytes
+
 
 class Format(str, Enum):
     """How the lines of an input are read."""
@@ -34,6 +38,9 @@ class Format(str, Enum):
     CSV = "csv"
     TEXT = "text"
 
+
+# How compressed files begin, none of them like UTF-8, and what writes their content to standard output.
+_COMPRESSED = {b"\x1f\x8b": "zcat", b"\xfd7zXZ\0": "xzcat", b"\x28\xb5\x2f\xfd": "zstdcat"}
 
 _SUFFIXES = {".jsonl": Format.JSONL, ".ndjson": Format.JSONL, ".json": Format.JSONL, ".csv": Format.CSV}
 
@@ -55,6 +62,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+_decode = json.JSONDecoder(object_pairs_hook=_unique).decode  # json.loads would make a decoder for every line
+
+
 class Input:
     """The calls of one input.
 
@@ -65,7 +75,7 @@ class Input:
     """
 
     def __init__(self, stream: BinaryIO, name: str, form: Format) -> None:
-        self._stream = stream
+        self._blocks = Blocks(stream, name)
         self._name = name
         self._form = form
 
@@ -94,8 +104,16 @@ class Input:
                 raise InputError(self._place(line), exc.reason, exc.hint) from None
         return count
 
+    def find(self, is_sought: Callable[[Call], bool]) -> tuple[int, Call]:
+        """Return the number of the line with the first call that is sought, and the call."""
+        return next((line, call) for line, call in self._numbered_calls() if is_sought(call))
+
     def calls(self) -> Iterator[Call]:
-        """Yield positional and keyword arguments of each call, from the start."""
+        """Yield positional and keyword arguments of each call, from the start.
+
+        Raises:
+            InputError: From the iteration: it was changed since it was checked.
+        """
         for _, call in self._numbered_calls():
             yield call
 
@@ -108,7 +126,7 @@ class Input:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line, object_pairs_hook=_unique)
+                value = _decode(line)
             except _RepeatedKeyError as exc:
                 raise InputError(
                     self._place(number), f"the key {exc.key!r} stands twice", "name each key once"
@@ -127,9 +145,14 @@ class Input:
         csv.field_size_limit(_LONGEST_FIELD)
         rows = csv.reader((line for _, line in self._lines()), strict=True)
         try:
-            header = next(rows, [])
+            header = next((row for row in rows if "".join(row).strip() or len(row) > 1), [])  # what is not blank
             if len(set(header)) < len(header) or "" in header:
-                raise InputError(self._place(1), "the header has an empty or repeated name", "name each column once")
+                raise InputError(
+                    self._place(rows.line_num), "the header has an empty or repeated name", "name each column once"
+                )
+            if header and header[0].lstrip().startswith(("{", "[")):
+                hint = "a CSV begins with its columns' names; for JSON Lines give --format jsonl"
+                raise InputError(self._place(rows.line_num), "this header is JSON", hint)
             for row in rows:
                 if row and len(row) != len(header):
                     reason = f"{len(row)} fields where the header has {len(header)}"
@@ -146,9 +169,10 @@ class Input:
                 yield number, ((line.rstrip("\r\n"),), {})
 
     def _lines(self) -> Iterator[tuple[int, str]]:
-        self._stream.seek(0)
         offset = 0
-        for number, raw in enumerate(self._stream, 1):
+        for number, raw in enumerate(self._blocks.lines(), 1):
+            if number == 1:
+                self._refuse_compressed(raw)
             try:
                 line = raw.decode()
             except UnicodeDecodeError as exc:
@@ -156,6 +180,12 @@ class Input:
                 raise InputError(self._place(number), reason, "save it as UTF-8") from None
             offset += len(raw)
             yield number, line.removeprefix("\ufeff") if number == 1 else line  # spreadsheets write a BOM
+
+    def _refuse_compressed(self, begin: bytes) -> None:
+        for magic, program in _COMPRESSED.items():
+            if begin.startswith(magic):
+                hint = f"unpack it first, or pipe it in, for which INPUT is -: {program} FILE | shpool …"
+                raise InputError(self._name, "it is compressed", hint)
 
     def _place(self, number: int) -> str:
         return f"{self._name}, line {number}"
@@ -173,14 +203,14 @@ def open_input(text: str, form: Format | None) -> Iterator[Input]:
             ``.csv`` is CSV, everything else plain text; standard input is JSON Lines.
 
     Raises:
-        InputError: It cannot be opened.
+        InputError: It cannot be opened, read or copied.
     """
     with contextlib.ExitStack() as stack:
         if text == "-":
             name, default = "standard input", Format.JSONL
             if sys.stdin is None:
                 raise InputError(name, "there is none", "give a file")
-            stream = _spooled(stack, sys.stdin.buffer)
+            stream = _spooled(stack, cast("io.BufferedReader", sys.stdin.buffer), name)  # which its type does not say
         else:
             path, name = Path(text), text
             stream, default = _opened(stack, path), _SUFFIXES.get(path.suffix.lower(), Format.TEXT)
@@ -191,12 +221,28 @@ def _opened(stack: contextlib.ExitStack, path: Path) -> BinaryIO:
     try:
         stream = stack.enter_context(path.open("rb"))
     except OSError as exc:
-        hint = "give a file, or - for standard input"
-        raise InputError(str(path), f"cannot be read: {exc.strerror}", hint) from None
-    return stream if stream.seekable() else _spooled(stack, stream)
+        raise unreadable(str(path), exc) from None
+    return stream if stream.seekable() else _spooled(stack, stream, str(path))
 
 
-def _spooled(stack: contextlib.ExitStack, stream: BinaryIO) -> BinaryIO:
-    copy = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
-    shutil.copyfileobj(stream, copy)
-    return copy
+def _spooled(stack: contextlib.ExitStack, stream: io.BufferedReader, name: str) -> BinaryIO:
+    try:
+        # Unbuffered: what a full disk does not take is told by the write, and by no later one.
+        copy = stack.enter_context(tempfile.TemporaryFile(buffering=0))  # noqa: SIM115 - the stack closes it
+        for chunk in _chunks(stream, name):
+            left = memoryview(chunk)
+            while left:
+                left = left[copy.write(left) :]
+    except OSError as exc:
+        reason = f"cannot be copied to a temporary file: {exc.strerror or exc}"
+        raise InputError(name, reason, "give a file, or name a folder with more room in TMPDIR") from None
+    return stack.enter_context(io.BufferedReader(copy))
+
+
+def _chunks(stream: io.BufferedReader, name: str) -> Iterator[bytes]:
+    try:
+        # Not by read(), which asks again after a short answer: on a terminal the end would have to be typed twice.
+        while chunk := stream.read1(_CHUNK):
+            yield chunk
+    except OSError as exc:
+        raise unreadable(name, exc) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import typer
 from shpool.halting import HaltPolicy
 from shpool_cli.console import CommandError
 from shpool_cli.inputs import Format
+from shpool_cli.places import results_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([smhd]?)")
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _LONGEST = 20 * 86400.0  # s; epoll waits for 2**31 ms at most, which are 24 days
+_MOST = 10**9  # of anything; SQLite, for one, counts to 2**63, and more is a slip of the keyboard
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -35,6 +38,9 @@ def at_least(least: int) -> Callable[[str], int]:
             number = None
         if number is None or number < least:
             msg = f"{str(text)!r} is not a whole number of at least {least}"
+            raise typer.BadParameter(msg)
+        if number > _MOST:
+            msg = f"{str(text)!r} is more than {_MOST}"
             raise typer.BadParameter(msg)
         return number
 
@@ -133,7 +139,8 @@ def check_journal(  # noqa: PLR0913 - each is an option
         msg = "--only-failed needs what --fresh throws away"
         raise typer.BadParameter(msg)
     for name, other in {"INPUT": None if source == "-" else Path(source), "--output": output}.items():
-        if path is not None and other is not None and other.resolve() == path.resolve():
+        # Not by resolve(), which raises where links lead in a circle: whoever opens the file says that.
+        if path is not None and other is not None and os.path.realpath(other) == os.path.realpath(path):
             msg = f"--journal and {name} are the same file, {other}"
             raise typer.BadParameter(msg)
 
@@ -144,6 +151,20 @@ class EngineName(str, enum.Enum):
     LOKY = "loky"
     DASK = "dask"
     RAY = "ray"
+
+
+def check_workers(workers: int | None) -> None:
+    """Refuse more workers than this machine has room for.
+
+    Raises:
+        CommandError: They are more.
+    """
+    from shpool.checks import room_for_workers
+
+    most, hint = room_for_workers()
+    if workers is not None and workers > most:
+        msg = f"--workers {workers} is more than one machine has room for"
+        raise CommandError(msg, hint)
 
 
 def engine_of(name: EngineName, address: str | None) -> str | EngineDescription:
@@ -185,7 +206,7 @@ WorkersOption = Annotated[
         "-w",
         parser=at_least(1),
         metavar="INTEGER",
-        help="Worker processes, at least 1; on a cluster, the most jobs to run at once.",
+        help="Worker processes, from 1, and no more than there are jobs; on a cluster, the most jobs to run at once.",
         show_default="one per processor, or all of the cluster",
     ),
 ]
@@ -256,14 +277,18 @@ JournalOption = Annotated[
 OnlyFailedOption = Annotated[
     bool, typer.Option("--only-failed", help="Do only what failed in an earlier run with this journal.")
 ]
-FreshOption = Annotated[bool, typer.Option("--fresh", help="Empty the journal first.")]
+FreshOption = Annotated[
+    bool, typer.Option("--fresh", help="Forget former runs: empty the journal, and the --output they wrote.")
+]
 OutputOption = Annotated[
     Path | None,
     typer.Option(
         "--output",
         "-o",
-        help="File for the results, .jsonl, .csv or .parquet; one that holds something else than results of an "
-        "earlier run with this journal is refused.",
+        parser=results_file,
+        metavar="FILE",
+        help="File for the results, .jsonl, .csv or .parquet, or - for standard output; one that holds something else "
+        "than results of an earlier run with this journal is refused.",
         show_default="standard output",
     ),
 ]

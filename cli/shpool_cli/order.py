@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shpool.errors import InputError
+from shpool_cli.journaling import is_begun_anew
+from shpool_cli.keyfield import KeyField
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -76,21 +77,21 @@ class Work:
     @property
     def is_begun_anew(self) -> bool:
         """Whether no former run matters: then an output that holds something cannot be of these jobs."""
-        path = self.order.journal
-        return path is None or self.order.fresh or not path.exists() or (path.is_file() and not path.stat().st_size)
+        return is_begun_anew(self.order.journal, fresh=self.order.fresh)
 
 
 def check_work(order: Order, source: Input, function: Target | ShellCall) -> Work:
     """Return the work, its whole input checked.
 
     Raises:
-        InputError: A line cannot be read, its arguments do not fit the function, or it has no key.
+        InputError: A line cannot be read, its arguments do not fit the function, or it has no key
+            of its own.
     """
     checks = [_fits(function)]
     if order.key is None:
         return Work(function, source, source.check(*checks), order)
-    checks.append(_has_field(order.key))
-    return Work(function, source, source.check(*checks, each=_is_named_by(order.key)), order)
+    field = KeyField(order.key, source)
+    return Work(function, source, source.check(*checks, field.check_shape, each=field.check), order)
 
 
 def function_of(order: Order) -> Target | ShellCall:
@@ -129,22 +130,3 @@ def _fits(function: Target | ShellCall) -> Callable[[Call], None]:
             raise InputError(function.name, reason, f"the function takes {signature}") from None
 
     return fits
-
-
-def _has_field(name: str) -> Callable[[Call], None]:
-    def check(call: Call) -> None:
-        if name not in call[1]:
-            there = ", ".join(call[1]) or "none: give objects, or a CSV"
-            raise InputError(name, f"there is no field {name!r} for --key", f"the fields are {there}")
-
-    return check
-
-
-def _is_named_by(name: str) -> Callable[[Call], None]:
-    def check(call: Call) -> None:
-        value = call[1].get(name)
-        if value == "" or value is None or isinstance(value, (list, dict)):
-            reason = f"the field {name!r} names no job: it is {json.dumps(value)}"
-            raise InputError(name, reason, "--key needs a field with a text or number of its own in every line")
-
-    return check

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import TYPE_CHECKING
 
 from shpool_cli.output.ordered import InOrder
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+
+    from typing_extensions import Self
 
     from shpool.progress import Progress
     from shpool_cli.output.records import Record
     from shpool_cli.output.results import ResultWriter
     from shpool_cli.summary import Summary
+
+_TOGETHER = 32  # records a write at most, lest the first wait long for the last
+_LONG = 4096  # characters of a result that is not kept waiting, as it would fill the memory
 
 
 class Report:
@@ -34,7 +40,7 @@ class Report:
         self._writer = writer
         self._summary = summary
         self._bar = bar
-        self._in_order = InOrder(writer.write_records, first) if ordered else None
+        self._in_order = InOrder(self._put, first) if ordered else None
 
     def tell(self, records: Sequence[Record]) -> None:
         """Write and count records of this run."""
@@ -74,4 +80,41 @@ class Report:
         if self._in_order is not None:
             self._in_order.take(records)
         else:
+            self._put(records)
+
+    def _put(self, records: Iterable[Record]) -> None:
+        """Write them; where the bar is on the same terminal, it makes room for them."""
+        with self._bar.hidden() if self._writer.is_on_terminal else contextlib.nullcontext():
             self._writer.write_records(records)
+
+
+class Ready:
+    """Records of results that come at once, told at once; whoever adds them says when no more are at hand.
+
+    Leaving its ``with`` block tells the last of them.
+
+    Args:
+        report: Where they go.
+    """
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._records: list[Record] = []
+
+    def add(self, record: Record) -> None:
+        """Take a record, and tell all there are if they are many or this one is long."""
+        self._records.append(record)
+        if len(self._records) >= _TOGETHER or len(record.result or "") > _LONG:
+            self.tell()
+
+    def tell(self) -> None:
+        """Tell what there is."""
+        records, self._records = self._records, []  # first: what an interruption cuts off must not be told twice
+        if records:
+            self._report.tell(records)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.tell()

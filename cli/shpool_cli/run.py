@@ -38,6 +38,7 @@ from shpool_cli.options import (
     WorkersOption,
     at_least,
     check_journal,
+    check_workers,
     duration,
     engine_of,
 )
@@ -76,7 +77,8 @@ def run(  # noqa: PLR0913 - options of a command line
             parser=at_least(0),
             metavar="INTEGER",
             help="Further attempts for a job that met a lost worker, a broken connection, a timeout, "
-            "or HTTP 408, 425, 429 or 5xx.",
+            "or HTTP 408, 425, 429 or 5xx; with --shell for one that was late, was killed by SIGKILL, or ended with "
+            "exit status 75 (EX_TEMPFAIL), not with any other.",
         ),
     ] = 0,
     timeout: Annotated[
@@ -94,7 +96,12 @@ def run(  # noqa: PLR0913 - options of a command line
     limit: LimitOption = None,
     shuffle: Annotated[bool, typer.Option("--shuffle", help="Run the jobs in random order.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Run nothing; write for each job whether it would run, as JSON Lines.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Run nothing and log in nowhere; check what a run would check before, and write for each job whether "
+            "it would run, as JSON Lines.",
+        ),
     ] = False,
     journal: JournalOption = None,
     key: Annotated[
@@ -102,7 +109,7 @@ def run(  # noqa: PLR0913 - options of a command line
         typer.Option(
             "--key",
             metavar="FIELD",
-            help="The field that names a job in the journal.",
+            help="The field that names a job in the journal, another one in every line that differs.",
             show_default="target and all arguments",
         ),
     ] = None,
@@ -123,12 +130,14 @@ def run(  # noqa: PLR0913 - options of a command line
 ) -> None:
     """Call a function, or run a command, for every line of an input, in workers that share a login.
 
-    TARGET is imported with the current folder, or the file's own, on the import path. What it prints goes to stderr.
+    TARGET is imported with the current folder, or the file's own, on the import path. What it prints goes to stderr;
+    on a Ray, and on workers of Dask that run already, to their own logs.
 
     INPUT is JSON Lines (an object becomes keyword arguments, an array positional ones, anything else the
     single argument), CSV with a header (keyword arguments, all text) or plain text (one argument a line). The
     suffix tells: .jsonl, .ndjson, .json; .csv; else text. Standard input is JSON Lines. Blank lines are
-    skipped. All of it is checked before the login and before anything runs.
+    skipped. All of it is checked before the login and before anything runs. Lines that are appended meanwhile are for
+    the next run; one that is changed or removed before it was its turn ends the run, with exit code 2.
 
     Results are JSON Lines in the order the jobs finish: index, key, status, result or error, attempts, seconds. Each
     line is written at once, so an interrupted run keeps them. Dates, durations (as seconds), paths, bytes (base64),
@@ -174,7 +183,9 @@ def run(  # noqa: PLR0913 - options of a command line
         gate=GateOptions(gate, rate, units, connections),
     )
     check_journal(journal, source, output, fresh=fresh, only_failed=only_failed, key=key)
-    summary = Summary()
+    if engine is EngineName.LOKY:
+        check_workers(workers)
+    summary = Summary(limit=limit)
     if dry_run:
         with private_stdout() as stdout:
             carry_out(order, stdout, summary)

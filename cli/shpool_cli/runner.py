@@ -8,15 +8,17 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
-from shpool_cli.credentials import log_in_patiently, make_session
+from shpool.timedcall import place_of
+from shpool_cli.credentials import check_login, make_session
 from shpool_cli.foresight import foresee
 from shpool_cli.inputs import open_input
-from shpool_cli.journaling import note_counts, noting, opened_journal, opened_output
+from shpool_cli.journaling import check_place_of, is_former, opened_journal, opened_output
 from shpool_cli.order import Order, Work, check_work, function_of
 from shpool_cli.output.records import recalled, recorded
-from shpool_cli.output.results import open_output
-from shpool_cli.reporting import Report
-from shpool_cli.stopping import Stopper
+from shpool_cli.output.results import check_output
+from shpool_cli.pooling import running_pool
+from shpool_cli.reporting import Ready, Report
+from shpool_cli.stopping import Intact, Stopper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,10 +37,7 @@ _GRACE = 10.0  # s beyond its timeout that a shell job's worker has to end it in
 def carry_out(order: Order, stdout: BinaryIO, summary: Summary) -> None:
     """Run the jobs; cheap checks come first, and ``summary.jobs`` is set once all of them have passed."""
     function = function_of(order)
-    if order.journal is not None:
-        from shpool.journal.file import check_place, resolved
-
-        check_place(resolved(order.journal))
+    check_place_of(order.journal)
     with (
         open_input(order.source, order.form) as source,
         contextlib.ExitStack() as outputs,
@@ -46,23 +45,35 @@ def carry_out(order: Order, stdout: BinaryIO, summary: Summary) -> None:
     ):
         work = check_work(order, source, function)
         if order.dry_run:
-            foresee(work, stdout)
+            is_replaced = is_former(order.output, order.journal, is_begun_anew=work.is_begun_anew)
+            check_output(order.output, replace=is_replaced)
+            foresee(work, stdout, functools.partial(check_login, order.login))
             summary.jobs = work.count
             return
         session = functools.cache(lambda: make_session(order.login, may_prompt=order.source != "-"))
-        writer = None
+        writer = replaced = None
         if work.is_begun_anew:  # before a journal is made or emptied
-            writer = outputs.enter_context(open_output(order.output, stdout))
+            writer = outputs.enter_context(opened_output(order.output, stdout, order.journal, is_begun_anew=True))
+            replaced = order.output if writer.is_behind else None
             if work.count and not order.only_failed:
                 session()
         told: list[Report] = []
         journal = None
         if order.journal is not None:
             journal = journals.enter_context(
-                opened_journal(order.journal, str(function), told, summary, jobs=work.count, fresh=order.fresh)
+                opened_journal(
+                    order.journal,
+                    str(function),
+                    told,
+                    summary,
+                    jobs=work.count,
+                    fresh=order.fresh,
+                    replaced=replaced,
+                    key_field=order.key,
+                )
             )
         if writer is None:
-            writer = outputs.enter_context(opened_output(order.output, stdout, journal))
+            writer = outputs.enter_context(opened_output(order.output, stdout, order.journal, is_begun_anew=False))
         former = _catch_up(work, writer, journal, session)
         if former.left:
             _run_jobs(work, session(), _Ends(writer, journal, told, former), summary)
@@ -97,6 +108,8 @@ def _catch_up(
 
     order = work.order
     if journal is None or journal.run == 1:
+        if writer.is_behind:  # what --fresh has found: a journal and its output are emptied together
+            writer.catch_up(())
         return _Former(left=0 if order.only_failed else work.count)
     former = _Former()
 
@@ -138,33 +151,14 @@ class _Ends:
 
 
 def _run_jobs(work: Work, session: OAuthSession, ends: _Ends, summary: Summary) -> None:
-    from shpool.pool import AuthenticatedProcessPool
     from shpool.progress import Progress
 
-    order = work.order
-
-    def opened() -> AuthenticatedProcessPool:
-        gate = order.gate.make()
-        stack.callback(gate.close)
-        return stack.enter_context(AuthenticatedProcessPool(session, order.workers, engine=order.engine, gate=gate))
-
-    def conclude() -> None:
-        """Count once the pool has ended: its last login is in it then."""
-        stats = pool.stats()
-        summary.note(stats)
-        if ends.journal is not None:
-            note_counts(ends.journal, stats)
-
-    def end_at_once(kind: type[BaseException] | None, *_: object) -> None:
-        """Wait for no running job where its result has nowhere to go."""
-        if kind is not None:
-            pool.terminate()
-
-    with contextlib.ExitStack() as after, contextlib.ExitStack() as stack:
-        pool = log_in_patiently(session, opened)
-        after.callback(conclude)
-        stack.push(end_at_once)
-        stack.enter_context(noting(ends.journal, pool))
+    order, left = work.order, ends.former.left
+    jobs = left if order.limit is None else min(left, order.limit)
+    opening = running_pool(
+        session, order.gate, ends.journal, summary, workers=order.workers, jobs=jobs, engine=order.engine
+    )
+    with opening as pool:
         summary.jobs, summary.before = work.count, ends.former.done
         bar = Progress(
             work.count,
@@ -193,43 +187,56 @@ def _carry(  # noqa: PLR0917, PLR0913 - the parts of a run meet here
     summary: Summary,
 ) -> None:
     """Feed the batch and take its results until it ends or is stopped."""
-    from shpool.batch import run_batch
+    from shpool.batch import JOBS_PER_WORKER, run_batch, worker_count
+    from shpool.halting import Halt
     from shpool.shell import ShellCall
-    from shpool_cli.shuffled import shuffled
 
-    order, journal = work.order, ends.journal
-
-    def goes_on(_: Job) -> bool:
-        return not batch.is_stopping
-
-    jobs: Iterator[Job] = itertools.takewhile(goes_on, work.jobs())  # else a stop is heard only at the next job to run
-    if order.shuffle:
-        jobs = itertools.takewhile(goes_on, shuffled(jobs))
-    jobs = _limited(jobs, order.limit) if journal is None else _claimed(jobs, ends, journal, report, order)
+    order, journal, intact, ready = work.order, ends.journal, Intact(), Ready(report)
+    jobs = intact.only(_jobs_to_run(work, ends, report, lambda _: not batch.is_stopping))
     timeout = order.timeout
     if timeout is not None and isinstance(work.function, ShellCall):
         timeout += _GRACE
     executor = pool.options(timeout=timeout)
-    unit, begun = session.retry_after_unit, None if journal is None else journal.begin
-    batch = run_batch(executor, work.function, jobs, retries=order.retries, retry_after_unit=unit, begun=begun)
+    # Where a failure may end the run, no more jobs begin before it is heard of than have to.
+    window = None if order.halt.how is Halt.NEVER else JOBS_PER_WORKER * worker_count(pool)
+    batch = run_batch(
+        executor,
+        work.function,
+        jobs,
+        retries=order.retries,
+        retry_after_unit=session.retry_after_unit,
+        window=window,
+        begun=None if journal is None else journal.begin,
+        before_wait=ready.tell,
+    )
     failed = 0
-    with contextlib.closing(batch), Stopper(batch, order.halt, work.count, order.max_time) as stopper:
+    with contextlib.closing(batch), ready, Stopper(batch, order.halt, work.count, order.max_time) as stopper:
         for result in batch:
-            failed += _record(result, journal, report)
+            failed += _record(result, journal, ready)
             stopper.note_failures(failed)
         stopper.pass_on()
     summary.halted = stopper.reason
     if stopper.is_killing:
         pool.terminate()
+    intact.pass_on()
 
 
-def _record(result: JobResult, journal: Journal | None, report: Report) -> bool:
+def _jobs_to_run(work: Work, ends: _Ends, report: Report, goes_on: Callable[[Job], bool]) -> Iterator[Job]:
+    """Return the jobs to run, for as long as the batch goes on; tell of those that are done."""
+    from shpool_cli.shuffled import shuffled
+
+    order, journal = work.order, ends.journal
+    jobs: Iterator[Job] = itertools.takewhile(goes_on, work.jobs())  # else a stop is heard only at the next job to run
+    if order.shuffle:
+        jobs = itertools.takewhile(goes_on, shuffled(jobs))
+    return _limited(jobs, order.limit) if journal is None else _claimed(jobs, ends, journal, report, order)
+
+
+def _record(result: JobResult, journal: Journal | None, ready: Ready) -> bool:
     """Send a result where it goes; tell whether it is a failure."""
-    from shpool.timedcall import place_of
-
     result, record = recorded(result)
     if journal is None:
-        report.tell([record])
+        ready.add(record)
     else:
         place = "" if result.error is None else place_of(result.error)
         journal.end(result, record.result, place=place, worker=result.worker)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from shpool.errors import JournalError, JournalMismatchError, JournalNotFoundError, NotAJournalError
+from shpool.errors import JournalError, JournalMismatchError
 from shpool_cli.console import CommandError
 from shpool_cli.options import at_least
 from shpool_cli.statustext import arguments, report_lines
@@ -98,7 +98,8 @@ def status(
     """Tell what a journal says: state, counts, rate, logins and waits, the slowest jobs, errors by kind.
 
     The run that writes it may be going on; it is not held up. For one that was cut off or has left something to do
-    the line `resume` has the command that finishes the rest. Of errors that differ only in URLs, paths, numbers and
+    the line `resume` has the command that finishes the rest: the run's own, without --fresh, and without --only-failed
+    or --overwrite where that would leave out or repeat some. Of errors that differ only in URLs, paths, numbers and
     ids one is shown, with the count of all. `left` is an estimate: what earlier runs have done is taken to be in the
     input still.
 
@@ -146,10 +147,14 @@ def _wait(seconds: float) -> bool:
 def _in_words(error: JournalError) -> CommandError:
     """Say what to do in the words of this command, which has no --journal and changes nothing."""
     hint = error.hint
-    if isinstance(error, (JournalNotFoundError, NotAJournalError)):
-        hint = "give the file that a run was given as its --journal"
-    elif isinstance(error, JournalMismatchError):
+    if isinstance(error, JournalMismatchError):
         hint = "ask the version of shpool that wrote it"
+    elif error.reason.startswith("no access"):  # a killed run's, for which SQLite makes a file beside it
+        hint = "copy it, with its -wal file, into a folder you may write to, and ask for the copy"
+    elif error.reason.startswith("it is damaged"):
+        hint = "restore it from a copy"
+    elif "--journal" in hint:
+        hint = "give the file that a run was given as its --journal"
     return CommandError(str(error).removesuffix(f"; {error.hint}"), hint)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import textwrap
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ def _facts(summary: JournalSummary, now: float) -> Iterator[tuple[str, str]]:
     yield "target", summary.target
     yield "state", _state(summary, run, now)
     if run is not None and run.command:
-        yield "resume" if _is_unfinished(summary, run) else "command", run.command
+        yield ("resume", _resuming(summary, run)) if _is_unfinished(summary, run) else ("command", run.command)
     parts = [f"{summary.done} done", f"{summary.failed} failed", f"{summary.running} running"]
     parts.append(f"{summary.cut_off} cut off")
     yield "jobs", ", ".join(parts if summary.not_begun is None else [*parts, f"{summary.not_begun} not begun"])
@@ -74,6 +75,21 @@ def _is_unfinished(summary: JournalSummary, run: RunRecord) -> bool:
     if summary.state == "running":
         return False
     return summary.state == "cut off" or bool(run.exit_code or summary.failed or summary.cut_off or summary.left)
+
+
+def _resuming(summary: JournalSummary, run: RunRecord) -> str:
+    """Return the command that finishes the rest: without options by which it would do something else.
+
+    With --fresh it would forget what is done, with --only-failed leave out what was cut off or not begun, and with
+    --overwrite fetch all files once more, but for a run that has left some: for these it is needed.
+    """
+    harmful = {"--fresh"}
+    harmful |= {"--only-failed"} if summary.cut_off or summary.not_begun else set()
+    harmful |= {"--overwrite"} if run.is_over else set()
+    words = run.words
+    end = words.index("--") if "--" in words else len(words)
+    kept = [word for word in words[:end] if word not in harmful]
+    return run.command if len(kept) == end else shlex.join([*kept, *words[end:]])
 
 
 def _slowest(records: tuple[JobRecord, ...]) -> Iterator[str]:

@@ -1,22 +1,26 @@
-"""What ends a run early: signals, too many failures, and the clock."""
+"""What ends a run early: signals, too many failures, the clock, and an input that is changed under it."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from shpool.errors import JournalError, ShpoolError
+from shpool.errors import InputError, JournalError, ShpoolError
 from shpool.halting import Halt, HaltPolicy
 from shpool_cli.console import CommandError, ExitCode, exit_code_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import FrameType, TracebackType
 
     from typing_extensions import Self
 
 _MOMENT = 0.5  # s that running jobs get to end after a signal; the whole exit must take less than one
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+_T = TypeVar("_T")
 
 
 class Stoppable(Protocol):
@@ -34,16 +38,20 @@ class Stopper:
         halt: When failures end it.
         total: Jobs in all.
         seconds: How long jobs may begin; None for as long as there are some.
+        noun: What a job is called.
 
     Attributes:
         reason: Why it was stopped, other than by a signal.
         is_killing: Running jobs are not to be waited for.
     """
 
-    def __init__(self, batch: Stoppable, halt: HaltPolicy, total: int, seconds: float | None) -> None:
+    def __init__(
+        self, batch: Stoppable, halt: HaltPolicy, total: int, seconds: float | None, noun: str = "job"
+    ) -> None:
         self._batch = batch
         self._halt = halt
         self._total = total
+        self._noun = noun
         self._signal: int | None = None
         self.reason: str | None = None
         self.is_killing = False
@@ -72,7 +80,7 @@ class Stopper:
         """Stop the batch if these are too many."""
         if self.reason is None and self._halt.is_reached(failed, self._total):
             self.is_killing = self._halt.how is Halt.NOW
-            self._stop(f"halted after {failed} failed {'job' if failed == 1 else 'jobs'}")
+            self._stop(f"halted after {failed} failed {self._noun if failed == 1 else self._noun + 's'}")
 
     def pass_on(self) -> None:
         """End as the signal asks that stopped the batch, if one did.
@@ -99,6 +107,29 @@ class Stopper:
     def _stop(self, reason: str) -> None:
         self.reason = self.reason or reason
         self._batch.stop(*([0.0] if self.is_killing else []))
+
+
+class Intact:
+    """Take jobs from an input for as long as it is what was checked; what runs when it is not comes to its end."""
+
+    def __init__(self) -> None:
+        self._error: InputError | None = None
+
+    def only(self, jobs: Iterator[_T]) -> Iterator[_T]:
+        """Yield the jobs until the input is found to be changed."""
+        try:
+            yield from jobs
+        except InputError as exc:
+            self._error = exc
+
+    def pass_on(self) -> None:
+        """Raise what was found, if anything was.
+
+        Raises:
+            InputError: The input was changed.
+        """
+        if self._error is not None:
+            raise self._error
 
 
 def code_of(stop: BaseException) -> ExitCode:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import InitVar, asdict, dataclass, field
 from typing import TYPE_CHECKING, BinaryIO, ClassVar, TypedDict
 
 from shpool.errorkinds import MOST_KINDS, OTHERS, kind_of_error
@@ -44,6 +44,9 @@ class ErrorKind(TypedDict):
 class Summary:
     """What a run came to: a line on stderr with the errors below it, and the object of --json.
 
+    Args:
+        limit: How many jobs were asked for; None for all of them.
+
     Attributes:
         jobs: Jobs of the input; None until TARGET and INPUT are known to be good.
         done: Of these, done in this run.
@@ -71,6 +74,10 @@ class Summary:
     seconds: float = 0.0
     halted: str | None = None
     exit_code: int = ExitCode.OK
+    limit: InitVar[int | None] = None
+
+    def __post_init__(self, limit: int | None) -> None:
+        self._is_limited = limit is not None
 
     def note(self, stats: PoolStats) -> None:
         """Take over the pool's counters."""
@@ -89,6 +96,17 @@ class Summary:
     def is_complete(self) -> bool:
         """Tell whether every job has come to its end."""
         return self.done + self.failed + self.before + self.skipped == self.jobs
+
+    @property
+    def outcome(self) -> ExitCode:
+        """What a run ends with that nothing has interrupted; never OK where jobs that were asked for have no end."""
+        is_all = self.is_complete or self._is_limited
+        return ExitCode.FAILED if self.failed or self.halted or not is_all else ExitCode.OK
+
+    @property
+    def reason(self) -> str | None:
+        """Why it ended before its jobs did, None if it did not: for the journal."""
+        return self.halted or ("--limit is reached" if self._is_limited and not self.is_complete else None)
 
     def __str__(self) -> str:
         finished, total = self.done + self.failed + self.before + self.skipped, self.jobs or 0

@@ -27,6 +27,7 @@ _CONNECT_WITHIN = 30.0  # s for name, connection and TLS
 _ACCEPT = "Accept: */*"
 _LONGEST_SELECT = 0.25  # s
 _BLIND_WAIT = 0.005  # s between two looks where there is no descriptor to wait for, as while a name is looked up
+_IDLE = 64  # connections kept open beside those in use, at most; each holds a descriptor
 _BUFFER = 128 * 1024  # bytes read from a socket at once
 _NAMES = (
     "Content-Length",
@@ -110,7 +111,7 @@ class CurlLoop:
         self._pycurl = pycurl = load_pycurl()
         self.options = options
         self._multi = pycurl.CurlMulti()
-        self._multi.setopt(pycurl.M_MAXCONNECTS, 2 * options.connections)
+        self._multi.setopt(pycurl.M_MAXCONNECTS, min(2 * options.connections, options.connections + _IDLE))
         self._multi.setopt(pycurl.M_PIPELINING, pycurl.PIPE_MULTIPLEX)
         self._next_look = 0.0  # when to look for stalled transfers
         self._idle: list[_Slot] = []
@@ -145,11 +146,21 @@ class CurlLoop:
     def poll(self, timeout: float) -> list[Ended]:
         """Carry on for so many seconds at most; return what has ended."""
         # perform() for all rather than an event for each socket: two callbacks a file less, for so few at once. It
-        # waits by select(), which overlooks descriptors from 1,024 on; these are looked at every few milliseconds.
-        if self._multi.select(min(timeout, _LONGEST_SELECT)) < 0:
-            time.sleep(min(timeout, _BLIND_WAIT))
+        # comes before the waiting, as it sends what was started since, and reads what waits within libcurl.
         self._multi.perform()
-        return [*self._take_ended(), *self._take_stalled()]
+        ended = [*self._take_ended(), *self._take_stalled()]
+        if not ended and self._busy:
+            self._wait(min(timeout, _LONGEST_SELECT))
+        return ended
+
+    def _wait(self, longest: float) -> None:
+        """Wait until a socket is ready, or until libcurl has something to do without one."""
+        due = self._multi.timeout()  # ms, negative for nothing
+        if due >= 0:
+            longest = min(longest, due / 1000)
+        # It is select(), which overlooks descriptors from 1,024 on; these are looked at every few milliseconds.
+        if longest > 0 and self._multi.select(longest) < 0:
+            time.sleep(min(longest, _BLIND_WAIT))
 
     def cancel(self) -> list[Any]:
         """Stop all transfers; return their receivers."""
@@ -301,8 +312,16 @@ def parse_head(lines: Sequence[bytes]) -> Answer:
         raw, _, value = line.partition(b":")
         name = _FIELDS.get(raw) or _FIELDS.get(raw.lower())
         if name is not None:
-            fields[name] = value.strip().decode("latin-1")
+            fields[name] = _text(value.strip())
     return Answer(status, fields)
+
+
+def _text(value: bytes) -> str:
+    """Return a field's text: names in raw UTF-8 are more frequent than in Latin-1, and seldom both at once."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
 
 
 def load_pycurl() -> Any:  # noqa: ANN401 - it has no types

@@ -8,9 +8,10 @@ The rules, besides those of ``transfer`` and ``partfile``:
     under way go on meanwhile. The second refusal in a row of one file is a failed attempt.
  3. A ``Retry-After`` holds back all requests to that origin, not only the file that met it.
  4. A full disk fails what has not begun, without asking for it.
- 5. A file is reported once it is durable.
+ 5. A file is reported once it is durable, at once where the parent listens, else with the others of its group.
  6. A request with the token goes through the account's gate; the transfers under way go on meanwhile. Its ticket is
     the file's until the answer has been read, be it that of a redirect to another origin.
+ 7. Files for which nothing was asked when the parent recalls them go back to it, those that wait for leave included.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from shpool.errors import (
     TransferError,
 )
 from shpool.origins import origin_of, shown_url
+from shpool.talk import is_recalled, tell
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -58,20 +60,42 @@ if TYPE_CHECKING:
 
 _LOOK_AGAIN = 0.05  # s between two looks for a newer token
 _MOST_WAITING = 128  # files that wait for a token or for another attempt; each may hold a descriptor
-_LONGEST_POLL = 1.0  # s
-_HURRY = 0.02  # s between two looks at files that are being made durable
+_LONGEST_POLL = 0.1  # s until the parent is heard
+_HURRY = 0.01  # s between two looks at files that are being made durable
+# s between two reports to the parent, each of which costs it as much as a few files do. Results wait the less the fewer
+# there were lately: a kill costs those that wait.
+_TELL_EVERY = 0.1
+_TELL_RESULTS = 0.02
+_MANY_RESULTS = 64  # in a report: they wait the longest
+_BEGUN_SINCE = 0.25  # s; files that are over before need not be told of twice
+
+
+class GroupNews(NamedTuple):
+    """What has become of a group lately.
+
+    Attributes:
+        results: Of files that are over, in that order.
+        under_way: Bytes that have come so far of files that are not.
+        begun: Numbers of files that are not, and were asked for a while ago; each is told once.
+    """
+
+    results: list[DownloadResult]
+    under_way: int
+    begun: Sequence[int] = ()
 
 
 class FetchedGroup(NamedTuple):
     """What became of a group.
 
     Attributes:
-        results: One for each file, in the order they finished.
+        results: One for each file that was begun and not told of before, in the order they finished.
         seconds: How long the worker was busy with it.
+        left: Files that were not begun, since the parent has asked for them.
     """
 
     results: list[DownloadResult]
     seconds: float
+    left: Sequence[PlannedItem] = ()
 
 
 @dataclass(frozen=True)
@@ -84,7 +108,7 @@ class FetchGroup:
     settings: FetchSettings
 
     def __call__(self, group: Sequence[PlannedItem]) -> FetchedGroup:
-        """Return one result for each file.
+        """Return what became of each file, as far as that was not told before.
 
         Raises:
             MissingExtraError: pycurl is not installed.
@@ -98,8 +122,8 @@ class FetchGroup:
             holder = session = current_session()
             gate = session.gate
         begun = time.monotonic()
-        results = GroupFetch(self.settings, open_loop(self.settings.curl), holder, gate).run(group)
-        return FetchedGroup(results, time.monotonic() - begun)
+        results, left = GroupFetch(self.settings, open_loop(self.settings.curl), holder, gate).run(group)
+        return FetchedGroup(results, time.monotonic() - begun, left)
 
 
 class GroupFetch:
@@ -117,7 +141,7 @@ class GroupFetch:
     ) -> None:
         self._settings = settings
         self._loop = loop
-        self._folder = Folder(settings.folder)
+        self._folder = Folder(settings.folder, settings.reserved)
         self._desk = None if holder is None else TokenDesk(holder)
         self._unit: RetryAfterUnit = getattr(holder, "retry_after_unit", "s")
         self._tickets = TicketDesk(gate, self._unit)
@@ -127,13 +151,25 @@ class GroupFetch:
         self._held: dict[str, float] = {}  # origins that asked to wait, and until when
         self._press: Press[Incoming] = Press(self._folder, durable=settings.durable)
         self._full: StorageFullError | None = None
-        self._results: list[DownloadResult] = []
+        self._under_way: set[Incoming] = set()
+        self._results: list[DownloadResult] = []  # to be told
+        self._told = time.monotonic()  # when some were
+        self._lately = 0  # how many were then
+        self._known_under_way = 0  # bytes, to the parent
+        self._known_begun: set[Incoming] = set()  # likewise
+        self._is_recalled = False
 
-    def run(self, group: Sequence[PlannedItem]) -> list[DownloadResult]:
-        """Return one result for each file, in the order they finish."""
-        queue = iter(group)
+    def run(self, group: Sequence[PlannedItem]) -> tuple[list[DownloadResult], list[PlannedItem]]:
+        """Return the results that were not told before, and the files that were not begun."""
+        queue = deque(group)
+        left: list[PlannedItem] = []
         try:
-            while len(self._results) < len(group):
+            while queue or self._under_way:
+                if not self._is_recalled and is_recalled():
+                    self._is_recalled = True
+                    left = [*self._take_unbegun(), *queue]
+                    queue.clear()
+                    self._tell(since=0.0)  # the parent may not wait for the rest to end
                 self._start_some(queue)
                 if self._loop.busy:
                     for incoming, trouble in self._loop.poll(self._until_due()):
@@ -141,29 +177,66 @@ class GroupFetch:
                 elif (self._waiting or self._ready) and self._press.is_empty:
                     time.sleep(self._until_due())
                 self._take_finished()
+                if time.monotonic() >= self._next_report:
+                    self._tell()
         finally:
             self._abandon()
-        return self._results
+        return self._results, left
+
+    def _take_unbegun(self) -> Iterator[PlannedItem]:
+        """Let go of the files that wait, and for which nothing was asked yet."""
+        for incoming in (*self._ready, *(waiting[2] for waiting in self._waiting)):
+            if not incoming.has_begun:
+                self._under_way.discard(incoming)
+                incoming.close()
+                yield incoming.planned
+        self._ready = deque(each for each in self._ready if each.has_begun)
+        self._waiting = [waiting for waiting in self._waiting if waiting[2].has_begun]
+        heapq.heapify(self._waiting)
+
+    @property
+    def _next_report(self) -> float:
+        share = min(self._lately / _MANY_RESULTS, 1.0) if self._results else 1.0
+        return self._told + max(_TELL_EVERY * share, _TELL_RESULTS)
+
+    def _tell(self, since: float = _BEGUN_SINCE) -> None:
+        """Tell the parent what is over, how far the rest has come, and what of it was begun so many seconds ago."""
+        now = time.monotonic()
+        under_way = sum(incoming.received for incoming in self._under_way)
+        begun = {incoming for incoming in self._under_way if incoming.has_begun and now - incoming.begun >= since}
+        begun -= self._known_begun
+        self._lately = len(self._results)
+        is_new = self._results or begun or under_way != self._known_under_way
+        if is_new and tell(GroupNews(self._results, under_way, [each.planned.number for each in begun])):
+            self._results, self._known_under_way = [], under_way
+            self._known_begun |= begun
+        self._told = now
+
+    def _end(self, incoming: Incoming, result: DownloadResult) -> None:
+        self._under_way.discard(incoming)
+        self._known_begun.discard(incoming)
+        self._results.append(result)
 
     # Starting
 
-    def _start_some(self, queue: Iterator[PlannedItem]) -> None:
+    def _start_some(self, queue: deque[PlannedItem]) -> None:
         now = time.monotonic()
         while self._waiting and self._waiting[0][0] <= now:
             self._ready.append(heapq.heappop(self._waiting)[2])
         while self._loop.has_room and self._press.has_room and not self._tickets.is_shut:
             if self._ready:
                 self._ask(self._ready.popleft())
-            elif len(self._waiting) >= _MOST_WAITING or (planned := next(queue, None)) is None:
+            elif len(self._waiting) >= _MOST_WAITING or not queue:
                 return
             else:
-                self._begin(planned)
+                self._begin(queue.popleft())
 
     def _begin(self, planned: PlannedItem) -> None:
         settings = self._settings
         incoming = Incoming(planned, self._folder, settings, self._unit)
+        self._under_way.add(incoming)
         if self._full is not None:
-            self._results.append(incoming.failed(self._full))
+            self._give_up(incoming, self._full)
             return
         try:
             found = incoming.look()
@@ -213,6 +286,8 @@ class GroupFetch:
         if not self._press.is_empty:
             return _HURRY
         due = time.monotonic() + _LONGEST_POLL
+        if self._results:
+            due = min(due, self._next_report)
         if self._waiting:
             due = min(due, self._waiting[0][0])
         if self._ready:
@@ -234,7 +309,7 @@ class GroupFetch:
             self._press.add(incoming, outcome)
         elif isinstance(outcome, DownloadResult):
             incoming.close()
-            self._results.append(outcome)
+            self._end(incoming, outcome)
         elif isinstance(outcome, Redirect):
             self._redirect(incoming, outcome)
         elif isinstance(outcome, Refused):
@@ -293,13 +368,13 @@ class GroupFetch:
         return True
 
     def _give_up(self, incoming: Incoming, error: Exception) -> None:
-        self._results.append(incoming.failed(error))
+        self._end(incoming, incoming.failed(error))
 
     def _take_finished(self) -> None:
         hurry = not self._loop.busy and (not self._ready or self._tickets.is_shut)
         for incoming, arrived in self._press.take(hurry=hurry):
             if arrived.error is None:
-                self._results.append(incoming.done(arrived.part.size))
+                self._end(incoming, incoming.done(arrived.part.size))
             else:
                 self._retry(incoming, Failure(arrived.error, is_final=True))
 

@@ -8,6 +8,7 @@ The rules:
  3. No component is longer than 240 bytes, which leaves room for the suffixes of an unfinished file; none ends with
     these suffixes.
  4. A symbolic link on the way must not lead out of the folder.
+ 5. What the run itself reads or writes is not replaced, whoever chose the name.
 """
 
 from __future__ import annotations
@@ -18,21 +19,25 @@ import re
 import sys
 import unicodedata
 from pathlib import PurePosixPath
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import unquote, urlsplit
 
 from shpool.errors import TargetPathError
 from shpool.origins import shown_url
 
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable
+
 PART_SUFFIX = ".part"
 NOTE_SUFFIX = ".part.json"
 _LONGEST_NAME = 240  # bytes: 255, as most file systems have it, less the suffixes above
 _LONGEST_PATH = 3_900  # bytes: PATH_MAX is 4,096 on Linux
+_HALF = 2**32 - 1
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=,@-]*")
 _PLAIN_URL = re.compile(r"https?://[A-Za-z0-9.-]+(?::\d{1,5})?/(?:[A-Za-z0-9_.+=,@/-]*/)?([A-Za-z0-9_.-]*)")
 _FORBIDDEN = re.compile(r'[/\\:*?"<>|]')  # in a name somebody else chose: what Windows reserves
 _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-_DATA_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,7}")
+_DATA_SUFFIX = re.compile(r"\.*[^.].*\.[A-Za-z][A-Za-z0-9]{0,7}", re.DOTALL)  # dots at the start begin no suffix
 _PARAMETER = re.compile(r""";\s*(filename\*?)\s*=\s*("(?:[^"\\]|\\.)*"|[^;\s]*)""", re.IGNORECASE)
 
 
@@ -112,7 +117,7 @@ def has_data_suffix(name: str) -> bool:
     >>> has_data_suffix("tile.tif"), has_data_suffix("$value"), has_data_suffix("v1.0")
     (True, False, False)
     """
-    return _DATA_SUFFIX.fullmatch(os.path.splitext(name)[1]) is not None
+    return _DATA_SUFFIX.fullmatch(name) is not None
 
 
 def checked_path(path: str) -> str:
@@ -186,10 +191,14 @@ class Folder:
 
     Args:
         root: Its path.
+        reserved: Files that no download may replace, absolute and without links on the way to their folders.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, reserved: Iterable[str] = ()) -> None:
         os.makedirs(root, exist_ok=True)
+        # One called NAME.part is where NAME would be written to.
+        self._reserved = {path.removesuffix(end) for path in reserved for end in ("", PART_SUFFIX, NOTE_SUFFIX)}
+        self._reserved_names = {os.path.basename(path) for path in self._reserved}
         self.root = os.path.realpath(root)
         self._known = {self.root}  # folders below that were looked at
         self.made: set[str] = set()  # folders that hold new folders, to be written to disk
@@ -198,12 +207,14 @@ class Folder:
         """Return the absolute path of a file below the folder, in a folder that exists.
 
         Raises:
-            TargetPathError: A symbolic link leads out of the folder, or something is in the way.
+            TargetPathError: A symbolic link leads out of the folder, something is in the way, or the file is reserved.
         """
         path = f"{self.root}/{relative}"
-        parent = path.rpartition("/")[0]
+        parent, _, name = path.rpartition("/")
         if parent not in self._known:
             self._admit(parent, relative)
+        if name in self._reserved_names and f"{os.path.realpath(parent).rstrip('/')}/{name}" in self._reserved:
+            _refuse(relative, "the run itself reads or writes this file; give the download another path or folder")
         return path
 
     def _admit(self, parent: str, relative: str) -> None:
@@ -222,9 +233,10 @@ class Folder:
 
 
 class SeenPaths:
-    """Remember which paths are taken: 16 to 32 bytes each, so that a million of them cost little.
+    """Remember which paths are taken, and by what: 32 to 64 bytes each, so that a million of them cost little.
 
     An open-addressing table of 64-bit digests: two of a million paths are mistaken for each other once in 10^7 runs.
+    Beside each stand 32 bits of its owner's hash: of 4 * 10^9 pairs of different owners of one path, one seems equal.
     """
 
     def __init__(self) -> None:
@@ -232,35 +244,48 @@ class SeenPaths:
 
         self._array = array
         self._slots = array("Q", bytes(8 * 1024))
+        self._owners = array("Q", bytes(8 * 1024))  # hash and number
         self._count = 0
 
-    def add(self, path: str) -> bool:
-        """Take a path; tell whether it was free."""
+    def take(self, path: str, owner: Hashable, number: int) -> int | None:
+        """Take a path.
+
+        Args:
+            path: The path.
+            owner: What is to have it.
+            number: Of the owner, below 2**32.
+
+        Returns:
+            The number of the owner that has it: this one, or an equal one that came before; None for one that differs.
+        """
         folded = path.casefold() if sys.platform in ("darwin", "win32") else path  # their file systems do
         digest = hashlib.blake2b(os.fsencode(folded), digest_size=8).digest()
         if 2 * self._count >= len(self._slots):
             self._grow()
-        if not self._put(int.from_bytes(digest, "little") or 1):  # 0 is an empty slot
-            return False
-        self._count += 1
-        return True
+        entry = (hash(owner) & _HALF) << 32 | number
+        found = self._put(int.from_bytes(digest, "little") or 1, entry)  # 0 is an empty slot
+        if found == entry:
+            self._count += 1
+        return found & _HALF if found >> 32 == entry >> 32 else None
 
-    def _put(self, key: int) -> bool:
+    def _put(self, key: int, entry: int) -> int:
+        """Return what has the key: this entry, or a former one."""
         slots, mask = self._slots, len(self._slots) - 1
         place = key & mask
         while slots[place]:
             if slots[place] == key:
-                return False
+                return self._owners[place]
             place = (place + 1) & mask
-        slots[place] = key
-        return True
+        slots[place], self._owners[place] = key, entry
+        return entry
 
     def _grow(self) -> None:
-        former = self._slots
+        former, owners = self._slots, self._owners
         self._slots = self._array("Q", bytes(8 * 2 * len(former)))
-        for key in former:
+        self._owners = self._array("Q", bytes(8 * 2 * len(former)))
+        for key, entry in zip(former, owners, strict=True):
             if key:
-                self._put(key)
+                self._put(key, entry)
 
 
 def _refuse(path: str, reason: str) -> NoReturn:

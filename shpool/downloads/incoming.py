@@ -29,7 +29,7 @@ from shpool.downloads.transfer import (
     judge,
     words_in_place_of_data,
 )
-from shpool.errors import ContentError, DownloadError, DownloadTimeoutError, TransferError
+from shpool.errors import ContentError, DownloadError, DownloadTimeoutError, TooManyOpenFilesError, TransferError
 from shpool.origins import shown_url
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class Incoming:
         self._unit = unit
         self._wanted = Wanted(item.url, planned.path or "", item.size, item.digests)
         self._part: PartFile | None = None
+        self._is_unseen = False  # there was no descriptor left to look for a part
         self._checks_existing = False
         self._is_proven = False  # a checksum the server states is that of the file there
         self._asked: Ask | None = None
@@ -79,6 +80,11 @@ class Incoming:
         self._chunks: list[bytes] = []
         self._in_memory = 0
         self._is_sniffed = False  # the first bytes of the answer under way were looked at
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything was asked for it; what waits for leave or for a token has not begun."""
+        return self.attempts > 0
 
     # Before a request
 
@@ -97,8 +103,16 @@ class Incoming:
                 if size and not self._wanted.digests and self._wanted.size in (None, size):
                     self._checks_existing = True
                     return None
-        self._part = PartFile.open(self._stem(), create=False)
+        self._look_for_part()
         return self._arrived() if self._has_all() else None
+
+    def _look_for_part(self) -> None:
+        try:
+            self._part = PartFile.open(self._stem(), create=False)
+        except TooManyOpenFilesError:
+            self._is_unseen = True  # some may be closed until the next look
+        else:
+            self._is_unseen = False
 
     def go_back(self) -> None:
         """Ask the first URL again: where it redirects to may have changed, and signed ones expire."""
@@ -119,6 +133,8 @@ class Incoming:
         if self._checks_existing and self.target is not None:
             size, written = size_and_date(self.target)
             return Standing(size or 0, written=written)
+        if self._part is None and self._is_unseen:
+            self._look_for_part()
         if self._part is None:
             return NOTHING
         standing = self._part.standing(url_digest(self._wanted.url), is_provable=bool(self._wanted.digests))
@@ -183,10 +199,21 @@ class Incoming:
             return self._in_memory <= _IGNORED and not isinstance(verdict, (Whole, StartOver))
         if not self._is_sniffed and not verdict.offset and not self._sniff(chunk):
             return True  # read to its end, if that is near, so that the connection can be used again
+        if (expected := self._expected(verdict)) is not None and self.bytes_kept + self._in_memory > expected:
+            self._start_over()
+            self._verdict = Failure(self._wrong(f"it is more than {expected} bytes"))
+            return False
         self._chunks.append(chunk)
         if self._in_memory >= _KEPT_IN_MEMORY:
             self._write()
         return True
+
+    def _expected(self, verdict: Receive) -> int | None:
+        """Return the bytes the file must have, as far as that is known."""
+        return self._wanted.size if self._wanted.size is not None else verdict.total
+
+    def _wrong(self, mismatch: str) -> ContentError:
+        return ContentError(shown_url(self._wanted.url), f"{mismatch}; what was sent is thrown away")
 
     def _sniff(self, chunk: bytes) -> bool:
         """Look at the first bytes of a file; tell whether they may be of it."""
@@ -225,12 +252,12 @@ class Incoming:
                 return self._failed_here(trouble)
             if isinstance(verdict, Receive):
                 return self._conclude_body(verdict, trouble)
+            if isinstance(verdict, Whole):
+                return self._conclude_whole()
         except (DownloadError, OSError) as exc:
             return self._failed_here(exc)
         finally:
             self._drop_memory()
-        if isinstance(verdict, Whole):
-            return self._conclude_whole()
         if isinstance(verdict, StartOver):
             verdict = StartOver(verdict.reason, is_free=self._checks_existing)
             self._start_over()
@@ -249,7 +276,7 @@ class Incoming:
         if isinstance(exc, OSError) and not isinstance(exc, DownloadError):
             exc = translated(exc, self._part.path if self._part is not None else self._stem())
         error = exc if isinstance(exc, DownloadError) else DownloadError(shown_url(self._wanted.url), repr(exc))
-        return Failure(error, is_final=not isinstance(error, ContentError))
+        return Failure(error, is_final=not isinstance(error, (ContentError, TooManyOpenFilesError)))
 
     def _conclude_body(self, verdict: Receive, trouble: CurlTrouble | None) -> Failure | Arrived:
         if trouble is not None:
@@ -259,12 +286,11 @@ class Incoming:
         if self._part is None and not self._chunks:
             self._part = PartFile.open(self._stem(), create=True)  # an empty file
         self._write()
-        size = self.bytes_kept
-        expected = self._wanted.size if self._wanted.size is not None else verdict.total
+        size, expected = self.bytes_kept, self._expected(verdict)
         mismatch = f"it is {size} bytes, not {expected}" if expected not in (None, size) else self._hashers.mismatch()
         if mismatch:
             self._start_over()
-            return Failure(ContentError(shown_url(self._wanted.url), f"{mismatch}; what was sent is thrown away"))
+            return Failure(self._wrong(mismatch))
         return self._arrived()
 
     def _conclude_whole(self) -> DownloadResult | Arrived | StartOver:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import operator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -14,6 +17,10 @@ from shpool.retry import Backoff
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+
+_LARGEST = 2**63 - 1  # bytes; no file system has a file with more
+_LONGEST_SHOWN = 60  # characters of a value in an error
 
 
 class DownloadItem(NamedTuple):
@@ -40,7 +47,13 @@ class DownloadItem(NamedTuple):
 
 
 class PlannedItem(NamedTuple):
-    """An item with its place in the input and below the folder."""
+    """An item with its place in the input and below the folder.
+
+    Attributes:
+        number: Its position in the input, from 0; of one that is equal to an earlier one, that one's.
+        item: The item.
+        path: Where it goes; None while only the server's answer can tell.
+    """
 
     number: int
     item: DownloadItem
@@ -89,6 +102,7 @@ class FetchSettings:
         durable: Write each to disk before it is reported.
         backoff: Waits between attempts.
         authenticated: Send the session's token.
+        reserved: Files that none of them may replace, as for ``Folder``.
     """
 
     folder: str
@@ -99,10 +113,11 @@ class FetchSettings:
     durable: bool = True
     backoff: Backoff = Backoff(base=0.5, cap=30.0)  # noqa: RUF009 - frozen
     authenticated: bool = True
+    reserved: tuple[str, ...] = ()
 
 
 class Planner:
-    """Say where each item goes, and refuse two with the same path. One for each run.
+    """Say where each item goes, know equal ones again, and refuse others with the same path. One for each run.
 
     A class for its memory of paths.
     """
@@ -115,14 +130,15 @@ class Planner:
 
         Raises:
             InputError: It is no URL, or has unknown or impossible fields.
-            TargetPathError: Its path leaves the folder, or another item has it.
+            TargetPathError: Its path leaves the folder, or an item that is not equal has it.
         """
         checked = as_item(item, where=f"item {index + 1}")
         path = planned_path(checked.url, checked.path)
         # Without a name of its own an unfinished file stands under its URL's digest, which must not come twice either.
-        if not self._seen.add(path if path is not None else f"/{url_digest(checked.url)}"):
+        first = self._seen.take(path if path is not None else f"/{url_digest(checked.url)}", checked, index)
+        if first is None:
             raise refuse_duplicate(checked.url, path if path is not None else "the same URL")
-        return PlannedItem(index, checked, path)
+        return PlannedItem(first, checked, path)
 
 
 def as_item(item: str | Mapping[str, Any] | DownloadItem, where: str = "item") -> DownloadItem:
@@ -138,11 +154,11 @@ def as_item(item: str | Mapping[str, Any] | DownloadItem, where: str = "item") -
     if isinstance(item, str):
         item = DownloadItem(item)
     elif not isinstance(item, DownloadItem):
-        unknown = sorted(str(name) for name in item if name not in _FIELDS)
-        if unknown or not item.get("url"):
+        if not _FIELDS.issuperset(item) or not item.get("url"):
+            unknown = sorted(str(name) for name in item if name not in _FIELDS)
             reason = f"unknown field {unknown[0]!r}" if unknown else "it has no url"
             raise InputError(where, reason, "fields are url, and where known path, size, sha256, md5")
-        item = DownloadItem(**{name: value for name, value in item.items() if value not in (None, "")})
+        item = DownloadItem._make(None if (value := item.get(name)) == "" else value for name in DownloadItem._fields)
     if not (isinstance(item.url, str) and is_plain_url(item.url)):
         _check_url(item.url, where)
     return item if item[1:] == (None, None, None, None) else _checked_fields(item, where)
@@ -162,15 +178,53 @@ def _check_url(url: str, where: str) -> None:
 
 
 def _checked_fields(item: DownloadItem, where: str) -> DownloadItem:
+    _, path, size, sha256, md5 = item
+    if path is not None and not isinstance(path, str):
+        raise InputError(where, f"path {_shown(path)} is no text", "give a path below the folder, or none")
+    return DownloadItem(
+        item.url,
+        path,
+        None if size is None else _checked_size(size, where),
+        None if sha256 is None else _checked_sum("sha256", sha256, where),
+        None if md5 is None else _checked_sum("md5", md5, where),
+    )
+
+
+def _checked_size(size: object, where: str) -> int:
+    """Return a number of bytes: whole, as a number or, as CSV has it, in digits."""
+    number: int | None = None
+    if isinstance(size, str):
+        digits = size.strip()
+        if digits.isascii() and digits.isdigit() and len(digits) <= len(str(_LARGEST)):
+            number = int(digits)
+    elif isinstance(size, float):
+        number = int(size) if size.is_integer() else None  # tables that have gaps hold whole numbers so
+    elif not isinstance(size, bool):
+        with contextlib.suppress(TypeError):
+            number = operator.index(size)  # type: ignore[arg-type]  # NumPy's numbers, too; others raise TypeError
+    if number is None or not 0 <= number <= _LARGEST:
+        hint = "give it in bytes, as a whole number from 0, or leave it out"
+        raise InputError(where, f"size {_shown(size)} is no number of bytes", hint)
+    return number
+
+
+def _checked_sum(algorithm: str, text: object, where: str) -> str:
+    hint = "give it in hex digits, or leave it out"
+    if not isinstance(text, str):
+        raise InputError(where, f"{algorithm} {_shown(text)} is no text", hint)
     try:
-        size = None if item.size is None else int(item.size)
-        sha256 = None if item.sha256 is None else checked_digest("sha256", item.sha256)
-        md5 = None if item.md5 is None else checked_digest("md5", item.md5)
-    except (ValueError, TypeError, AttributeError, OverflowError) as exc:
-        raise InputError(where, str(exc), "size is a number of bytes, checksums are hex digits") from exc
-    if (size is not None and size < 0) or not isinstance(item.path, (str, type(None))):
-        raise InputError(where, f"size {item.size!r} or path {item.path!r} is none", "see the fields of DownloadItem")
-    return DownloadItem(item.url, item.path, size, sha256, md5)
+        return checked_digest(algorithm, text)
+    except ValueError as exc:
+        raise InputError(where, str(exc), hint) from None
+
+
+def _shown(value: object) -> str:
+    """Return a value as it stands in JSON, where it does, and not all of a long one."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):  # a number may have too many digits for a text
+        text = f"of type {type(value).__name__}"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 _FIELDS = frozenset(DownloadItem._fields)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from shpool.downloads.filenames import NOTE_SUFFIX, PART_SUFFIX
 from shpool.downloads.transfer import Standing
-from shpool.errors import DownloadError, PartInUseError, StorageFullError, TargetPathError
+from shpool.errors import DownloadError, PartInUseError, StorageFullError, TargetPathError, TooManyOpenFilesError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +32,7 @@ _FORMAT = 1
 _LONGEST_NOTE = 4096  # bytes
 _MOST_PIECES = 512  # buffers for one writev; IOV_MAX is 1,024
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_TOO_MANY = frozenset({errno.EMFILE, errno.ENFILE})  # of this process, of the system
 _IN_THE_WAY = "something that is no file stands where the unfinished file goes; remove it"
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK})  # FAT, exFAT, some FUSE and CIFS
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})  # Lustre mounted without flock, some NFS
@@ -62,6 +63,7 @@ class PartFile:
             PartInUseError: Another process writes it.
             TargetPathError: Something that is no file stands under its name.
             StorageFullError: There is no space for another file.
+            TooManyOpenFilesError: There are too many open ones, here or in the system.
         """
         path = stem + PART_SUFFIX
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
@@ -92,7 +94,7 @@ class PartFile:
         is_ours = note.get("source") == source and note.get("boot") == _boot_id()
         validator = note.get("validator")
         self.noted_name = str(note.get("name", "")) if is_ours else ""
-        if is_ours and isinstance(validator, str) and validator.isprintable():
+        if is_ours and isinstance(validator, str) and validator.isascii() and validator.isprintable():
             return Standing(self.size, validator)
         return Standing(self.size) if is_provable else Standing()
 
@@ -263,6 +265,8 @@ def translated(error: OSError, path: str) -> DownloadError:
     """Return our error for the operating system's."""
     if error.errno in _FULL:
         return StorageFullError(path, error.strerror or "No space left on device")
+    if error.errno in _TOO_MANY:
+        return TooManyOpenFilesError(path, error.strerror or "Too many open files")
     if error.errno in (errno.ELOOP, errno.EISDIR, errno.EEXIST, errno.ENOTDIR):
         reason = {
             errno.ELOOP: "a symbolic link stands where the unfinished file goes; remove it",

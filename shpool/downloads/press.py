@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from shpool.downloads.descriptors import quarter
 from shpool.downloads.partfile import PartFile, translated
 from shpool.errors import DownloadError
 
@@ -30,9 +31,8 @@ if TYPE_CHECKING:
 Owner = TypeVar("Owner")
 
 _BATCH = 64  # files: one syncfs takes some 15 ms, in which about so many arrive
-_LONGEST_WAIT = 0.1  # s that a finished file waits for others
+_LONGEST_WAIT = 0.1  # s that a finished file waits for others; the less, the fewer came lately: a kill costs them
 _MANY = 8  # files from which one syncfs is cheaper than an fsync each
-_MOST = 256  # finished files, each of which holds a descriptor: a quarter of the usual limit
 
 
 class Press(Generic[Owner]):
@@ -46,8 +46,10 @@ class Press(Generic[Owner]):
     def __init__(self, folder: Folder, *, durable: bool) -> None:
         self._folder = folder
         self._durable = durable
+        self._most = quarter()  # finished files, each of which holds a descriptor
         self._pending: list[tuple[Owner, Arrived]] = []
         self._since = 0.0  # when the oldest pending one came
+        self._lately = 0  # files in the last batch
         self._running: list[tuple[Owner, Arrived]] = []
         self._has_names = False  # the running ones have theirs
         self._future: Future[None] | None = None
@@ -56,7 +58,7 @@ class Press(Generic[Owner]):
     @property
     def has_room(self) -> bool:
         """Tell whether more files may be added soon."""
-        return len(self._pending) + len(self._running) < _MOST
+        return len(self._pending) + len(self._running) < self._most
 
     @property
     def is_empty(self) -> bool:
@@ -78,6 +80,7 @@ class Press(Generic[Owner]):
         finished = self._advance(hurry=hurry)
         if not self._running and self._pending and (hurry or self._is_time()):
             self._running, self._pending = self._pending, []
+            self._lately = len(self._running)
             if self._durable:
                 self._future = self._submit(_sync_parts, [arrived for _, arrived in self._running])
         return finished or self._advance(hurry=False)
@@ -106,7 +109,8 @@ class Press(Generic[Owner]):
         return made.union(os.path.dirname(arrived.target) for _, arrived in self._running)
 
     def _is_time(self) -> bool:
-        return len(self._pending) >= _BATCH or time.monotonic() - self._since > _LONGEST_WAIT
+        longest = _LONGEST_WAIT * min(self._lately / _BATCH, 1.0)
+        return len(self._pending) >= _BATCH or time.monotonic() - self._since >= longest
 
     def _submit(self, work: Callable[[Any], None], what: object) -> Future[None]:
         if self._thread is None:

@@ -345,9 +345,9 @@ def _wrong_size(wanted: Wanted, total: int | None) -> ContentError | None:
 def _validator(answer: Answer) -> str:
     """Return what proves a part to be of this file: a strong ETag, else the date (RFC 9110, section 13.1.5)."""
     etag = answer.fields.get("etag", "")
-    if etag.startswith('"'):
-        return etag
-    return "" if etag else answer.fields.get("last-modified", "")
+    validator = etag or answer.fields.get("last-modified", "")
+    # What is sent back must be the bytes that came, and of other text than ASCII these are not known any more.
+    return "" if etag[:1] not in ('"', "") or not validator.isascii() else validator
 
 
 def _number(text: str | None) -> int | None:

@@ -35,6 +35,8 @@ class Task:
         brief: A batch whose like were measured to be over in a moment: another one may wait behind it at a worker.
         history: A line for each attempt that was made already, as part of a batch.
         delay: Seconds until the next one.
+        hear: Called with what the task tells before it ends, in a thread of the engine's, and again what a further
+            attempt tells; must not wait. Engines without the means for that never call it.
     """
 
     fn: Any
@@ -48,6 +50,7 @@ class Task:
     brief: bool = False
     history: tuple[str, ...] = ()
     delay: float = 0.0
+    hear: Callable[[Any], object] | None = None
 
     @property
     def retries(self) -> int:
@@ -141,6 +144,10 @@ class Engine(Protocol):
         """How many calls a worker should have under way where each is a message, before it proves to be too few."""
 
     @property
+    def hears(self) -> bool:
+        """Whether running tasks tell their parent something on the way, and are asked for what they have not begun."""
+
+    @property
     def has_ended(self) -> bool:
         """Tell whether it is shut down and nothing of it is left."""
 
@@ -155,8 +162,13 @@ class Engine(Protocol):
     def start(self) -> None:
         """Launch the workers; returns without waiting for them."""
 
-    def prepare(self, fn: Callable[..., Any]) -> Any:  # noqa: ANN401 - the engine's own form of a function
-        """Return what stands for a function in tasks; pickled once where that is needed."""
+    def prepare(self, fn: Callable[..., Any], *, serves_many: bool = False) -> Any:  # noqa: ANN401 - the engine's own form of a function
+        """Return what stands for a function in tasks; pickled once where that is needed.
+
+        Args:
+            fn: The function.
+            serves_many: One object in each worker may serve all the tasks it is prepared for, whatever state it has.
+        """
 
     def submit(self, task: Task, future: Future[Any] | None = None) -> Future[Any]:
         """Run a task; errors of pickling are the future's too.
@@ -176,6 +188,12 @@ class Engine(Protocol):
         Raises:
             ValueError: The future is not of this engine.
         """
+
+    def recall(self, future: Future[Any]) -> None:
+        """Ask a running task for what it has not begun of its work; one that does not look for that goes on."""
+
+    def drop_abandoned(self) -> None:
+        """Drop what nobody wants any more (see ``Slot.abandon``) and does not run. Returns at once; from any thread."""
 
     def shutdown(self, *, cancel: bool = False, kill: bool = False) -> None:
         """Take no more tasks; end once those there are done. Returns at once.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import select
 import threading
@@ -18,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 from shpool.board import anonymous_board
 from shpool.channels import BoardChannel
 from shpool.engines.dispatch import STUCK_AFTER
-from shpool.engines.launcher import Launcher
+from shpool.engines.launcher import Launcher, import_all
 from shpool.engines.looping import LoopingEngine
-from shpool.engines.serve import Kind, dump_setup
+from shpool.engines.serve import ANSWERS, Kind, dump_setup
 from shpool.engines.setup import WorkerSetup
-from shpool.errors import InitializerError, TaskTerminatedError, TaskTimeoutError, WorkerLostError
+from shpool.errors import TaskTerminatedError, TaskTimeoutError, WorkerLostError, WorkerStartError
+from shpool.importing import free_import_lock
 from shpool.logs import deliver
+from shpool.waiting import wait_in_glances
 from shpool.worker import load
 
 if TYPE_CHECKING:
@@ -39,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 _STOP_WITHIN = 5.0  # s a worker may take to end by itself
 _LONGEST_NAP = 3600.0  # s
+_RETURN_WITHIN = 0.2  # s a worker that is to be killed may take to give back what it has not begun
+_IMPORTS_WITHIN = 0.3  # s the loop may still take for them once all is to stop
 
 
 class Crew(LoopingEngine):
@@ -52,6 +57,7 @@ class Crew(LoopingEngine):
     """
 
     singles = 4
+    hears = True
 
     def __init__(
         self,
@@ -68,7 +74,8 @@ class Crew(LoopingEngine):
         self._board = anonymous_board()
         self._channel = BoardChannel(self._board)
         self._launcher = Launcher(self._board, self._setup, pickled_setup, blanked, gate)
-        self._imports = threading.Event()  # the loop has imported what it launches workers with
+        self._imports = threading.Event()  # the loop has imported all that it launches workers with
+        self._is_given_up = False  # the loop never gets out of its imports
         self._poll = select.poll()  # the loop's alone
         self._bell_in = self._bell_out = -1  # a pipe once started
 
@@ -99,14 +106,52 @@ class Crew(LoopingEngine):
         os.set_blocking(self._bell_out, False)
         self._start_loop()
 
-    def prepare(self, fn: Callable[..., Any]) -> PackedFunction:
-        """Pickle a function.
+    def prepare(self, fn: Callable[..., Any], *, serves_many: bool = False) -> PackedFunction:
+        """Pickle a function; see ``Engine.prepare``.
 
         Raises:
             UnpicklableError: It cannot be pickled.
         """
-        self._imports.wait()  # before there is a task: with the main thread at its end they would fail
-        return super().prepare(fn)
+        # Before there is a task: with the main thread at its end the imports would fail. But not in the middle of an
+        # import of this very thread, as the handler of a signal: the loop may be waiting for that.
+        if not self._imports.is_set() and free_import_lock():
+            wait_in_glances(self._imports.wait)
+        return super().prepare(fn, serves_many=serves_many)
+
+    def recall(self, future: Future[Any]) -> None:
+        """Ask a running task for what it has not begun; what waits behind it at its worker comes back as well."""
+        with self._lock:
+            for member in self._members.values():
+                if member.flights and member.flights[0].future is future:
+                    member.recall()
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the loop's end; once all is to stop, not for a loop that does not get out of its imports.
+
+        ^C may have left a lock of the import system taken (see ``importing``), be it that of one module, which none
+        can free. The loop has launched no worker then, so there is nothing to end.
+        """
+        if self._is_killing and self._thread.ident is not None:
+            free_import_lock()
+            if not self._imports.wait(_IMPORTS_WITHIN):
+                self._give_up()
+        return self._is_given_up or super().join(timeout)
+
+    def let_go(self) -> None:
+        """In a forked child, where the loop does not run: be over, and let nobody wait for its imports."""
+        self._imports = threading.Event()  # a thread that is not in the child may hold the lock of the other one
+        self._imports.set()
+        super().let_go()
+
+    def _give_up(self) -> None:
+        """End all but the loop, unless it has got out of its imports meanwhile."""
+        with self._lock:  # so that the loop waits, if it ever comes to its own end; to end twice is harmless
+            if self._imports.is_set():
+                return
+            self._is_given_up = self._has_ended = True
+            self._imports.set()  # for those who wait to submit: they are told of the end
+            self.on_end()
+            self._channel.close()
 
     def _take_in(self, flight: Flight) -> None:
         """Send a flight to an idle worker, or leave it queued."""
@@ -159,11 +204,24 @@ class Crew(LoopingEngine):
         """Kill the worker if it runs this flight, else ask for the flight back; it may begin meanwhile."""
         flight.is_unwanted = True
         if member.flights[0] is flight:
-            self._condemn_if_unwanted(member)
+            self._stop_head_if_unwanted(member)
         else:
             member.recall()
 
-    def _condemn_if_unwanted(self, member: Member) -> None:
+    def _stop_head_if_unwanted(self, member: Member) -> None:
+        """Kill the worker of an unwanted flight; first have back what waits behind that, as it may end this moment."""
+        if not member.flights or not member.flights[0].is_unwanted:
+            return
+        if len(member.flights) == 1:
+            self._condemn_if_unwanted(member)
+        else:
+            member.recall()
+            member.stops_before = min(member.stops_before, time.monotonic() + _RETURN_WITHIN)
+            self._ring()
+
+    @staticmethod
+    def _condemn_if_unwanted(member: Member) -> None:
+        member.stops_before = math.inf
         if member.flights and member.flights[0].is_unwanted and member.doom is None:
             head = member.flights[0]
             member.condemn(head, TaskTerminatedError(head.task.label))
@@ -194,9 +252,9 @@ class Crew(LoopingEngine):
 
     def _begin(self) -> None:
         self._poll.register(self._bell_in, select.POLLIN)
-        import loky.backend  # noqa: F401 - here, so that the login need not wait for it
-
-        self._imports.set()
+        import_all()  # here, so that the login need not wait for it
+        with self._lock:
+            self._imports.set()
 
     def _turn(self) -> None:
         self._launch_one_missing()
@@ -217,7 +275,7 @@ class Crew(LoopingEngine):
                     self._members[member.fileno()] = member
         except OSError as exc:
             if not self._members and not self._launcher.has_launched:
-                self._fail_all(InitializerError(f"no worker process can be started: {exc}"))
+                self._fail_all(WorkerStartError(str(exc)))
             return
         self._poll.register(member.fileno(), select.POLLIN)
 
@@ -231,7 +289,7 @@ class Crew(LoopingEngine):
                 moments.append(self._launcher.not_before)
             if self._ledger.timed:
                 moments += [limit for limit, _ in self._limits()]
-            moments += [member.leaves_before for member in self._members.values() if member.is_leaving]
+            moments += [min(member.leaves_before, member.stops_before) for member in self._members.values()]
             moments += [_recalled_at(member) for member in self._waited_for()]
         return max(0.0, min(moments) - now) * 1000 + (min(moments) > now)
 
@@ -289,35 +347,41 @@ class Crew(LoopingEngine):
 
     def _land(self, member: Member, message: Message) -> Flight | None:
         """Take a message's effect on the worker's state; under the lock. Returns the flight it is about."""
+        if message.kind in ANSWERS:
+            return self._land_answer(member, message)
         if message.kind == Kind.READY:
             member.is_ready = True
             self._launcher.note_ready()
         if message.kind == Kind.RETURNED:
             self._put_back(member.take_back(load(message.payload)))
+            self._condemn_if_unwanted(member)
         if message.kind == Kind.GREW:
             member.is_retiring = True
-        if message.kind in {Kind.LOG, Kind.PART}:
+        if message.kind in {Kind.LOG, Kind.PART, Kind.TOLD}:
             return member.flights[0] if member.flights else None
-        if message.kind not in {Kind.RESULT, Kind.ERROR}:
-            return None
+        return None
+
+    def _land_answer(self, member: Member, message: Message) -> Flight:
         flight = member.flights.popleft()
         if flight.number != message.number:  # rather no result than another task's
             msg = f"worker {member.pid} answered call {message.number} when {flight.number} was running"
             raise RuntimeError(msg)
-        member.head_since = time.monotonic()
-        self._condemn_if_unwanted(member)
+        member.head_since, member.stops_before = time.monotonic(), math.inf
+        self._stop_head_if_unwanted(member)
         if not flight.task.batch:
             self._dispatch.note_pace(flight, message.seconds)
         return flight
 
     def _take(self, member: Member, flight: Flight | None, message: Message) -> None:
         """Act on a message; outside the lock."""
-        if message.kind == Kind.LOG:
+        if flight is not None and message.kind in ANSWERS:
+            self._ledger.take_answer(flight, message)
+        elif message.kind == Kind.LOG:
             deliver(message.payload, member.pid, flight.task.label if flight is not None else None)
         elif flight is not None and message.kind == Kind.PART:
             self._ledger.take_part(flight, message)
-        elif flight is not None:
-            self._ledger.take_answer(flight, message)
+        elif flight is not None and message.kind == Kind.TOLD:
+            self._ledger.take_told(flight, message)
         elif message.kind == Kind.REFUSED:
             self.on_refused(message.number)
         elif message.kind == Kind.UNFIT:
@@ -344,14 +408,11 @@ class Crew(LoopingEngine):
             self._fail_all(in_vain)
         if head is None:
             return
-        if member.doom is None:
+        if member.doom is not None and member.doom.flight is head:
+            self._ledger.take_loss(head, member.doom.error)
+        else:  # even if it was hit in the place of a doomed one that had just ended: it may have begun
             error = WorkerLostError(head.task.label, member.pid, exitcode, member.peak_memory, len(head.history) + 1)
             self._ledger.take_loss(head, error)
-        elif member.doom.flight is head:
-            self._ledger.take_loss(head, member.doom.error)
-        else:  # the doomed task had just ended, and the next one was hit in its place
-            with self._lock:
-                self._put_back([head])
 
     @staticmethod
     def _may_go_again(member: Member) -> bool:
@@ -378,6 +439,9 @@ class Crew(LoopingEngine):
             for member in self._waited_for():
                 if _recalled_at(member) <= now:
                     member.recall()
+            for member in self._members.values():
+                if member.stops_before <= now:
+                    self._condemn_if_unwanted(member)
             self._dismiss_spent()
             stopped, self._stopped = self._stopped, []
         for flight in stopped:

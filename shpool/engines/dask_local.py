@@ -1,7 +1,8 @@
-"""A Dask cluster on this machine, in processes of its own: ``python -m shpool.engines.dask_local WORKERS``.
+"""A Dask cluster on this machine, in processes of its own: ``python -m shpool.engines.dask_local WORKERS DESCRIPTOR``.
 
-It prints its address and lives until its standard input ends, so it does not outlive a parent that was killed. Apart
-from the parent, as Dask's nannies set environment variables for good in the process they run in.
+It writes its address to the descriptor. What tasks print goes where the parent's own output does, as that of the
+crew's workers. It lives until its standard input ends, so it does not outlive a parent that was killed. Apart from the
+parent, as Dask's nannies set environment variables for good in the process they run in.
 """
 
 from __future__ import annotations
@@ -33,13 +34,20 @@ class LocalDask:
     def __init__(self, workers: int, blanked: Sequence[str] = ()) -> None:
         env = {name: value for name, value in os.environ.items() if name not in blanked}
         env["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)  # noqa: PTH109 - a text is needed
-        self._process = subprocess.Popen(  # noqa: S603 - this very module
-            [sys.executable, "-m", __name__, str(workers)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=env,
-            start_new_session=True,  # the terminal's ^C is the parent's to heed
-        )
+        self._told, telling = os.pipe()
+        try:
+            self._process = subprocess.Popen(  # noqa: S603 - this very module
+                [sys.executable, "-m", __name__, str(workers), str(telling)],
+                stdin=subprocess.PIPE,
+                env=env,
+                pass_fds=[telling],
+                start_new_session=True,  # the terminal's ^C is the parent's to heed
+            )
+        except BaseException:
+            os.close(self._told)
+            raise
+        finally:
+            os.close(telling)
 
     def address(self) -> str:
         """Wait for the scheduler's address.
@@ -47,8 +55,8 @@ class LocalDask:
         Raises:
             ClusterError: It did not start.
         """
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline().decode().strip()
+        with os.fdopen(self._told, encoding="utf-8", closefd=False) as told:
+            line = told.readline().strip()
         if not line:
             where, reason = "dask", f"the local cluster did not start (exit code {self._process.wait()})"
             raise ClusterError(where, reason)
@@ -56,10 +64,12 @@ class LocalDask:
 
     def close(self) -> None:
         """End it; harmless when repeated."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+        if self._told >= 0:
+            os.close(self._told)
+            self._told = -1
         try:
             self._process.wait(_END_WITHIN)
         except subprocess.TimeoutExpired:
@@ -85,8 +95,8 @@ def main() -> None:
             local_directory=folder,
         ) as cluster,
     ):
-        sys.stdout.write(f"{cluster.scheduler_address}\n")
-        sys.stdout.flush()
+        with os.fdopen(int(sys.argv[2]), "w", encoding="utf-8") as telling:
+            telling.write(f"{cluster.scheduler_address}\n")
         sys.stdin.read()
 
 

@@ -19,23 +19,32 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 from distributed import WorkerPlugin, get_worker
+from distributed.core import Status
 from distributed.protocol.pickle import dumps
 
+from shpool.engines.dask_border import outcome_of
+from shpool.engines.dask_logbook import Logbook, TakenBack, logbook_path, sweep
+from shpool.engines.dask_places import DEPTH
 from shpool.engines.outpost import Outpost, close_outpost, open_outpost, outpost_of
 from shpool.engines.parcels import TokenCell
 from shpool.errors import ClusterError
 from shpool.tokens import boot_time
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from distributed import Nanny, Scheduler, Worker
 
     from shpool.engines.parcels import Parcel
     from shpool.engines.sealed import Call
 
+    Message = dict[str, Any]
+
 logger = logging.getLogger(__name__)
 
 _LEAST_PAUSE = 2.0  # s without a token until the scheduler is asked whether the pool's client is still there
 _LONGEST_PAUSE = 60.0  # s between two such questions
+REFUSED = b""  # the answer of a call that has begun before, or was taken back
 _LOOK = 5.0  # s between two looks at a token's time: the next one may end before this one would have
 
 
@@ -55,7 +64,8 @@ class OutpostPlugin(WorkerPlugin):
     def __init__(self, pool: str, setup: bytes) -> None:
         self.pool = pool
         self._setup = setup
-        self._watching: asyncio.Task[None] | None = None  # on a worker
+        self.logbook: Logbook | None = None  # on a worker, as is the next
+        self._watching: asyncio.Task[None] | None = None
 
     def setup(self, worker: Worker) -> None:
         """Open the outpost, and tell the client of it."""
@@ -70,14 +80,22 @@ class OutpostPlugin(WorkerPlugin):
         def tell(note: bytes) -> None:
             worker.log_event(topic, {"lease": address, "note": note})
 
+        sweep(worker.local_directory)
+        path = logbook_path(worker.local_directory, self.pool) if worker.nanny else None
+        self.logbook = Logbook(path, worker.state.nthreads * DEPTH)
         outpost = open_outpost(Outpost(self.pool, self._setup, TokenCell(ask), report, tell))
         self._watching = asyncio.ensure_future(_watch(outpost.cell, worker, topic))
-        worker.log_event(topic, description_of(worker))
+        worker.log_event(topic, description_of(worker, self.logbook))
 
-    def teardown(self, worker: Worker) -> None:  # noqa: ARG002 - dask's signature
+    def teardown(self, worker: Worker) -> None:
         """Close the outpost."""
         if self._watching is not None:
             self._watching.cancel()
+        if self.logbook is not None:
+            if worker.status in {Status.running, Status.paused}:  # so the pool ends, not the worker
+                self.logbook.close()
+            else:
+                worker.log_event(topic_of(self.pool), {"bye": worker.address, "begun": self.logbook.seal()})
         close_outpost(self.pool)
 
 
@@ -99,39 +117,61 @@ async def _watch(cell: TokenCell, worker: Worker, topic: str) -> None:
 
 async def _have_removed(worker: Worker, topic: str) -> None:
     """Call ``remove_if_left`` on the scheduler, as ``Client.run_on_scheduler`` does, without waiting for its end."""
-    try:
-        function, args, kwargs = dumps(remove_if_left), dumps((topic,)), dumps({})
-        await worker.scheduler.run_function(function=function, args=args, kwargs=kwargs, wait=False)
-    except Exception as exc:  # noqa: BLE001 - border: the cluster's own code, which may not let anybody do this
-        logger.debug("the scheduler cannot be asked after the pool: %s", type(exc).__name__)
+    function, args, kwargs = dumps(remove_if_left), dumps((topic,)), dumps({})
+    outcome = await outcome_of(worker.scheduler.run_function(function=function, args=args, kwargs=kwargs, wait=False))
+    if isinstance(outcome, Exception):  # it may not let anybody do this
+        logger.debug("the scheduler cannot be asked after the pool: %s", type(outcome).__name__)
 
 
-def description_of(worker: Worker) -> dict[str, Any]:
+def description_of(worker: Worker, logbook: Logbook) -> Message:
     """Return what the client must know of a worker."""
     return {
         "hello": worker.address,
         "clock": boot_time(),
         "threads": worker.state.nthreads,
         "pid": os.getpid(),
-        "has_nanny": worker.nanny is not None,
+        "nanny": worker.nanny or "",
+        "logbook": logbook.path or "",
     }
 
 
-def describe(dask_worker: Worker) -> dict[str, Any]:
-    """Return the same, for ``Client.run``."""
-    return description_of(dask_worker)
+def describe(pool: str, dask_worker: Worker) -> Message | None:
+    """Return the same, for ``Client.run``; None where the plugin is on its way, which then tells it by itself."""
+    plugin = dask_worker.plugins.get(topic_of(pool))
+    return None if plugin is None else description_of(dask_worker, _logbook_of(pool, dask_worker))
 
 
-def run_call(call: Call) -> bytes:
-    """Run a call, as a Dask task."""
-    outpost = outpost_of(call.pool)
+def run_call(call: Call, ticket: int) -> bytes:
+    """Run a call, as a Dask task, unless the logbook says that it must not."""
+    worker, outpost = get_worker(), outpost_of(call.pool)
     if outpost is None:
-        where, reason = "dask", "the pool's plugin is not on the worker"
-        raise ClusterError(where, reason)
-    if not call.is_timed:
-        return outpost.run(call)
-    worker, topic = get_worker(), topic_of(call.pool)
-    return outpost.run(call, lambda number: worker.log_event(topic, {"begun": number}))
+        raise _missing_plugin()
+    logbook = _logbook_of(call.pool, worker)
+    if not logbook.begin(ticket):
+        return REFUSED
+    topic = topic_of(call.pool)
+    answer = outpost.run(call, lambda number: worker.log_event(topic, {"begun": number}))
+    logbook.end(ticket, answer)
+    return answer
+
+
+def take_back(pool: str, tickets: Sequence[int], least: float, dask_worker: Worker) -> TakenBack:
+    """Take back what has not begun; see ``Logbook.take_back``."""
+    own = topic_of(pool)
+    is_blocked = any(not str(task.key).startswith(own) for task in dask_worker.state.executing)
+    return _logbook_of(pool, dask_worker).take_back(tickets, least, is_blocked=is_blocked)
+
+
+def _logbook_of(pool: str, worker: Worker) -> Logbook:
+    logbook = getattr(worker.plugins.get(topic_of(pool)), "logbook", None)
+    if not isinstance(logbook, Logbook):
+        raise _missing_plugin()
+    return logbook
+
+
+def _missing_plugin() -> ClusterError:
+    where, reason = "dask", "the pool's plugin is not on the worker"
+    return ClusterError(where, reason)
 
 
 def take_parcel(pool: str, parcel: Parcel) -> None:

@@ -6,9 +6,10 @@ All of it runs in the event loop of the pool's client.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import Counter
 from typing import TYPE_CHECKING, Any
+
+from shpool.engines.dask_border import outcome_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,7 @@ class SchedulerWatch:
 
     Attributes:
         strangers: How many tasks of others each worker has.
+        is_given_up: Nobody waits for it any more.
     """
 
     def __init__(self, client: Client, prefix: str) -> None:
@@ -39,6 +41,7 @@ class SchedulerWatch:
         self._question: asyncio.Future[Any] | None = None
         self._heard = _now()
         self.strangers: dict[str, int] = {}
+        self.is_given_up = False
 
     @property
     def silence(self) -> float:
@@ -48,7 +51,7 @@ class SchedulerWatch:
     @property
     def is_silent(self) -> bool:
         """Tell whether there is no hope that it answers in time."""
-        return self.silence > _SILENT
+        return self.is_given_up or self.silence > _SILENT
 
     async def begin(self) -> None:
         """Ask for the first time."""
@@ -93,7 +96,8 @@ class SchedulerWatch:
         """Ask, unless there is a question without an answer."""
         if self._question is None:
             self._heard = _now()
-            self._question = asyncio.ensure_future(self._client.run_on_scheduler(count_strangers, self._prefix))
+            asking = outcome_of(self._client.run_on_scheduler(count_strangers, self._prefix))
+            self._question = asyncio.ensure_future(asking)
         return self._question
 
     def _take_answer(self) -> bool:
@@ -101,8 +105,9 @@ class SchedulerWatch:
         if question is None or not question.done():
             return False
         self._question = None
-        with contextlib.suppress(Exception, asyncio.CancelledError):  # border: the connection's end is seen elsewhere
-            self.strangers = question.result()
+        strangers = self.strangers if question.cancelled() else question.result()
+        if not isinstance(strangers, Exception):  # the connection's end is seen elsewhere
+            self.strangers = strangers
         return True
 
 

@@ -10,6 +10,8 @@ import heapq
 import time
 from typing import TYPE_CHECKING, Any
 
+from shpool.engines.slot import is_abandoned
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from concurrent.futures import Future
@@ -90,6 +92,16 @@ class Dispatch:
                 return entry[2]
         return None
 
+    def take_out_abandoned(self) -> set[Flight]:
+        """Take out all that waits and nobody wants any more."""
+        waiting = [*self._queue, *(flight for _, _, flight in self._delayed)]
+        abandoned = {flight for flight in waiting if is_abandoned(flight.future)}
+        if abandoned:
+            self._queue = collections.deque(flight for flight in self._queue if flight not in abandoned)
+            self._delayed = [entry for entry in self._delayed if entry[2] not in abandoned]
+            heapq.heapify(self._delayed)
+        return abandoned
+
     def note_room(self) -> None:
         """Take note that a worker has more room than before."""
         self._is_saturated = False
@@ -119,6 +131,8 @@ class Dispatch:
 
     def _depth(self, flight: Flight) -> int:
         """Return how many calls of this function may be at a worker; what is sent cannot be cancelled any more."""
+        if flight.task.timeout is not None:
+            return 1  # to stop it costs its worker, and that must not be running another one by then
         if flight.task.batch:
             return _BATCHES if flight.task.brief else 1
         pace = self._paces.get(flight.function.key, TINY)
@@ -140,18 +154,16 @@ def _roomiest(members: Iterable[Member], depth: int, task: Task) -> Member | Non
         flying = len(member.flights)
         if not flying:
             return member
-        if (
-            flying < fewest
-            and _may_follow(task, member.flights[0].task)
-            and not member.is_full
-            and _has_just_begun(member)
-        ):
+        if flying < fewest and _may_follow(task, member.flights[0]) and not member.is_full and _has_just_begun(member):
             best, fewest = member, flying
     return best
 
 
-def _may_follow(task: Task, running: Task) -> bool:
-    """Tell whether a task may wait at a worker behind one of its like."""
+def _may_follow(task: Task, head: Flight) -> bool:
+    """Tell whether a task may wait at a worker behind one of its like, which nobody is to stop."""
+    running = head.task
+    if running.timeout is not None or head.is_unwanted:
+        return False
     return running.brief and task.brief if running.batch else not task.batch
 
 

@@ -16,6 +16,7 @@ from shpool.errors import InitializerError
 from shpool.gate import unanswered
 from shpool.retry import carry_attempts, summary_of
 from shpool.shared import SharedSession, adopt_session
+from shpool.talk import take_line
 from shpool.worker import call_each, load_error
 
 if TYPE_CHECKING:
@@ -26,6 +27,15 @@ if TYPE_CHECKING:
     from shpool.gate import AccountGate
 
 _turn = threading.RLock()  # current_session() has one answer in a process, so one task runs at a time, of whatever pool
+
+
+class _Ear:
+    """A line to the listener of a task that runs here."""
+
+    is_recalled = False
+
+    def __init__(self, hear: Callable[[Any], object]) -> None:
+        self.tell = hear
 
 
 class Inline:
@@ -41,6 +51,7 @@ class Inline:
     largest_batch = None
     failure = None
     singles = 4
+    hears = False  # what a task says is told at once, but to a caller who waits for its end
 
     def __init__(self, setup: WorkerSetup | None = None, *, gate: AccountGate | None = None) -> None:
         self._setup = setup or WorkerSetup()
@@ -60,12 +71,16 @@ class Inline:
     def start(self) -> None:
         """Do nothing: the session is this process's own only while a task runs."""
 
-    def prepare(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+    def prepare(self, fn: Callable[..., Any], *, serves_many: bool = False) -> Callable[..., Any]:  # noqa: ARG002 - it does here
         """Return the function as it is."""
         return fn
 
     def submit(self, task: Task, future: Future[Any] | None = None) -> Future[Any]:
-        """Run the task now; the future is done when this returns."""
+        """Run the task now; the future is done when this returns.
+
+        Raises:
+            KeyboardInterrupt: It struck the task; the future has it too.
+        """
         if self.has_ended:
             msg = "cannot schedule new futures after shutdown"
             raise RuntimeError(msg)
@@ -73,18 +88,25 @@ class Inline:
         future.set_running_or_notify_cancel()
         run = functools.partial(self._run_batch if task.batch else self._run, task)
         with _turn:
-            former = adopt_session(self._session)
+            former, line = adopt_session(self._session), take_line(None if task.hear is None else _Ear(task.hear))
             try:
                 self._begin()
                 self._settle(future, run)
             finally:
                 unanswered.give_back()
                 adopt_session(former)
+                take_line(line)
         return future
 
     def terminate(self, future: Future[Any]) -> bool:
         """Stop nothing: what was submitted is done."""
         return not future.done()
+
+    def recall(self, future: Future[Any]) -> None:
+        """Do nothing: what was submitted is done."""
+
+    def drop_abandoned(self) -> None:
+        """Do nothing: what was submitted is done."""
 
     def shutdown(self, *, cancel: bool = False, kill: bool = False) -> None:  # noqa: ARG002 - nothing is ever pending
         """End at once."""
@@ -111,9 +133,11 @@ class Inline:
     def _settle(self, future: Future[Any], run: Callable[[], object]) -> None:
         try:
             future.set_result(run())
-        except BaseException as exc:  # noqa: BLE001 - border: a task may raise anything
+        except BaseException as exc:  # border: a task may raise anything
             self.tally.failed += 1
             future.set_exception(exc)
+            if isinstance(exc, KeyboardInterrupt):
+                raise  # it is ^C in the caller's own thread
         else:
             self.tally.done += 1
 
@@ -138,6 +162,6 @@ class Inline:
     @staticmethod
     def _run_batch(task: Task) -> BatchResult:
         begun = time.perf_counter()
-        results, errors = call_each(task.fn, task.args, star=task.star)
+        results, errors = call_each(task.fn, task.args, star=task.star, fatal=(KeyboardInterrupt,))
         seconds = time.perf_counter() - begun
         return BatchResult(results, {index: load_error(data) for index, data in errors.items()}, seconds)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from shpool.engines.member import Member
 from shpool.engines.serve import RECEIVE_SIZE
-from shpool.errors import InitializerError
+from shpool.errors import WorkerStartError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,6 +26,11 @@ logger = logging.getLogger(__name__)
 _MOST_FALSE_STARTS = 3  # workers in a row that end before they are ready: then the code is at fault
 _FALSE_STARTS_WITHIN = 30.0  # s of nothing but those: then it is the machine, although a worker was ready once
 _PAUSE = 1.0  # s after the system refused a process or a descriptor
+
+
+def import_all() -> None:
+    """Import all that the launch of a worker takes, so that it waits for no other thread's import."""
+    import shpool.engines.birth  # noqa: F401
 
 
 class Launcher:
@@ -84,7 +89,7 @@ class Launcher:
         self._was_ready = True
         self._false_starts.clear()
 
-    def note_false_start(self, exitcode: int | None) -> InitializerError | None:
+    def note_false_start(self, exitcode: int | None) -> WorkerStartError | None:
         """Take note that a worker ended before it was ready; return why further ones are in vain, if they are.
 
         One that was killed proves nothing by itself: memory may be short, and is there again in a moment.
@@ -94,5 +99,7 @@ class Launcher:
             return None
         has_failed_by_itself = not self._was_ready and exitcode != -signal.SIGKILL
         if has_failed_by_itself or self._false_starts[-1] - self._false_starts[0] > _FALSE_STARTS_WITHIN:
-            return InitializerError(f"workers end before they are ready, the last with exit code {exitcode}")
+            return WorkerStartError(
+                f"they end before they are ready, the last with exit code {exitcode}; see what they have printed"
+            )
         return None

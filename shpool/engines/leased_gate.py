@@ -10,11 +10,12 @@ import random
 import threading
 import time
 import weakref
-from collections import deque
 from typing import TYPE_CHECKING
 
 from shpool.checks import checked_number
-from shpool.engines.leases import DRIFT, LATEST, LEASE, LONGEST_LEAD, LONGEST_SILENCE, RECENT, REPEAT, SLICE, Ask, Grant
+from shpool.engines.drivers_clock import DriversClock
+from shpool.engines.holdings import Moments, Slots
+from shpool.engines.leases import LATEST, LEASE, LONGEST_SILENCE, RECENT, REPEAT, Ask, Grant
 from shpool.errors import GateUnreachableError
 from shpool.gate import Ticket
 from shpool.gate.gate import LONGEST_PAUSE, SPREAD
@@ -26,56 +27,10 @@ if TYPE_CHECKING:
     from shpool.retry import RetryAfterUnit
 
 _NAP = 0.02  # s until a ticket that waits for an answer is worth another look; a thread that waits is woken before
-_MOST_USES = 4096  # that are remembered; a block is never larger
-_LINGER = 0.5  # s that a slot stays where nobody uses it
-_LATENESS_MEMORY = 0.8  # of it that is left at the next message
 _TICK = 0.1  # s between two rounds while there are slots or costs
 _WAITS, _QUEUES = 1, 2  # numbers of tickets that have no moment: with a slot, or without
 _NOTHING = (-1, 0)  # to take back
 _UNKNOWN = -1  # the epoch between a refusal here and the driver's word
-
-
-class DriversClock:
-    """What the driver's clock says, by this host's; see rule 3 of ``leases``."""
-
-    def __init__(self) -> None:
-        self.lateness = 0.0  # s that messages take beyond the quickest; the longest of late
-        self._ahead = math.inf  # this host's clock less the driver's, and what the quickest message took
-        self._at = 0.0
-
-    def hear(self, sent: float, received: float, asked: float | None) -> None:
-        """Take note of a message.
-
-        Args:
-            sent: The driver's clock.
-            received: This host's.
-            asked: This host's when it asked for it, None if it has not.
-        """
-        ahead = min(self._ahead + (received - self._at) * DRIFT, received - sent)
-        if asked is not None and ahead < asked - sent:  # one of the two hosts has slept
-            ahead = received - sent
-        self._ahead, self._at = ahead, received
-        self.lateness = min(max(received - sent - ahead, _LATENESS_MEMORY * self.lateness), LONGEST_LEAD)
-
-    def here(self, moment: float) -> float:
-        """Return a moment of the driver's by this host's clock."""
-        return moment + self._ahead
-
-
-class _Slot:
-    """A leased connection slot.
-
-    Attributes:
-        until: When the lease ends, unless it is renewed.
-        since: When it came here.
-        idle_since: When it was last given back here.
-    """
-
-    __slots__ = ("idle_since", "since", "until")
-
-    def __init__(self, until: float, now: float) -> None:
-        self.until = until
-        self.since = self.idle_since = now
 
 
 class LeasedGate:
@@ -107,14 +62,10 @@ class LeasedGate:
         self._heard = self._told = -math.inf  # when the driver last spoke, and was last asked
         self._is_answered = True
         self._least_epoch = 0  # whatever is of an earlier one was sent before a refusal was heard of
-        self._stock: dict[float, deque[float]] = {}  # moments by cost
-        self._uses: deque[float] = deque(maxlen=_MOST_USES)
+        self._moments = Moments()
+        self._slots = Slots()
         self._waiting = self._queued = 0  # tickets without a moment, and among them those without a slot
         self._wanted = 0  # slots that were asked for and have not come
-        self._slots: dict[int, _Slot] = {}
-        self._idle: list[int] = []  # the slots that nobody uses
-        self._is_contended = False
-        self._returned: list[int] = []
         self._spent: dict[int, float] = {}
         self._waits, self._waited = 0, 0.0
 
@@ -185,7 +136,7 @@ class LeasedGate:
                 self._not_before = max(until, self._not_before)
                 self._least_epoch = max(self._least_epoch, self._epoch + 1)
                 self._epoch, self._is_free = _UNKNOWN, False
-                self._stock.clear()
+                self._moments.clear()
             self._send(Ask(self._clock(), pause=(seconds, epoch, learn)))
 
     def release(self, ticket: Ticket) -> None:
@@ -240,27 +191,18 @@ class LeasedGate:
         return self._take_moment(ticket.cost, now)
 
     def _take_moment(self, cost: float, now: float) -> float | None:
-        stock = self._stock.setdefault(cost, deque())
-        while stock and stock[0] < max(now - LATEST, self._not_before):
-            stock.popleft()
-        while self._uses and self._uses[0] < now - RECENT:
-            self._uses.popleft()
-        if len(stock) <= len(self._uses) // 2:
-            self._ask(now, cost, max(self._waiting, 1) + len(self._uses) - len(stock))
-        if not stock:
-            return None
-        self._uses.append(now)
-        return stock.popleft()
+        missing = self._moments.missing(cost, self._waiting, now, self._not_before)
+        if missing:
+            self._ask(now, cost, missing)
+        return self._moments.take(cost, now)
 
     def _take_slot(self, ticket: Ticket, now: float) -> bool:
-        while self._idle:
-            lease = self._idle.pop()
-            if self._slots[lease].until > now:
-                self._queued -= ticket.number == _QUEUES
-                ticket.slot, ticket.number = lease, _WAITS
-                return True
-            del self._slots[lease]
-        return False
+        lease = self._slots.take(now)
+        if lease is None:
+            return False
+        self._queued -= ticket.number == _QUEUES
+        ticket.slot, ticket.number = lease, _WAITS
+        return True
 
     def _ask(self, now: float, cost: float = 1.0, count: int = 0) -> None:
         """Ask for what is missing, unless that was done a moment ago."""
@@ -274,14 +216,14 @@ class LeasedGate:
             clock=now,
             moments=moments,
             slots=self._queued,
-            held=tuple(self._slots),
-            returned=tuple(self._returned),
+            held=self._slots.held,
+            returned=tuple(self._slots.returned),
             spent=tuple(self._spent.items()),
             waits=self._waits,
             waited=self._waited,
             lead=self._driver.lateness,
         )
-        self._returned.clear()
+        self._slots.returned.clear()
         self._spent.clear()
         self._waits, self._waited = 0, 0.0
         if ask.is_question:
@@ -305,12 +247,12 @@ class LeasedGate:
             if grant.serial > self._serial:
                 self._serial = grant.serial
                 self._take_terms(grant.terms)
-                self._is_contended = grant.is_wanted
+                self._slots.is_contended = grant.is_wanted
             if grant.echo is not None:
                 self._take_slots(grant, grant.echo + LEASE, now)
             if grant.terms.epoch == self._epoch:
                 for cost, moments in grant.moments:
-                    self._stock.setdefault(cost, deque()).extend(map(self._driver.here, moments))
+                    self._moments.add(cost, map(self._driver.here, moments))
             self._change.notify_all()
         if self._slots:
             self._inbox.put(_NOTHING)
@@ -319,7 +261,7 @@ class LeasedGate:
         if terms.epoch < self._least_epoch:
             return
         if terms.epoch != self._epoch:
-            self._stock.clear()
+            self._moments.clear()
             self._epoch = terms.epoch
         if terms.not_before:
             self._not_before = max(self._not_before, self._driver.here(terms.not_before))
@@ -327,12 +269,8 @@ class LeasedGate:
         self._is_free = not terms.epoch
 
     def _take_slots(self, grant: Grant, until: float, now: float) -> None:
-        for lease in grant.held:
-            if lease in self._slots:
-                self._slots[lease].until = max(self._slots[lease].until, until)
-        for lease in grant.slots:
-            self._slots[lease] = _Slot(until, now)
-            self._idle.append(lease)
+        self._slots.renew(grant.held, until)
+        self._slots.add(grant.slots, until, now)
         self._wanted = max(0, self._wanted - len(grant.slots))
 
     def close(self, reason: str = "the pool has ended") -> None:
@@ -352,7 +290,7 @@ class LeasedGate:
     def _run(self) -> None:
         while True:
             with self._change:
-                nap = _TICK if self._slots or self._returned or self._spent else None
+                nap = _TICK if self._slots or self._slots.returned or self._spent else None
             with contextlib.suppress(queue.Empty):
                 told = self._inbox.get(timeout=nap)
                 if told is None:
@@ -365,32 +303,14 @@ class LeasedGate:
         with self._change:
             self._waiting -= number > 0
             self._queued -= number == _QUEUES
-            slot = self._slots.get(lease)
-            if slot is None:
-                return
-            slot.idle_since = now = self._clock()
-            if self._is_contended and now - slot.since > SLICE:
-                self._give_back(lease)
-            else:
-                self._idle.append(lease)
+            if self._slots.put(lease, self._clock()):
                 self._change.notify_all()
-
-    def _give_back(self, lease: int) -> None:
-        del self._slots[lease]
-        self._returned.append(lease)
 
     def _go_round(self, now: float) -> None:
         """Give back what lies idle; renew the rest, and tell what the driver does not know."""
-        for lease in list(self._idle):
-            is_long = now - self._slots[lease].idle_since > _LINGER
-            if is_long or (self._is_contended and not self._queued):
-                self._idle.remove(lease)
-                self._give_back(lease)
-        for lease, slot in list(self._slots.items()):
-            if slot.until <= now and lease not in self._idle:
-                del self._slots[lease]
+        self._slots.tidy(now, is_wanted=self._queued > 0)
         silence = now - self._told
-        if self._returned or (self._spent and silence > RECENT) or (self._slots and silence > REPEAT):
+        if self._slots.returned or (self._spent and silence > RECENT) or (self._slots and silence > REPEAT):
             self._report(now)
 
 

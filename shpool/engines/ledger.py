@@ -5,14 +5,14 @@ Whatever an attempt came to, it ends here in one of two ways: the future gets it
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING, Any
 
 from shpool.engines.base import BatchResult, Tally
 from shpool.engines.serve import Kind
-from shpool.errors import TaskError, UnpicklableError, WorkerLostError
+from shpool.engines.slot import Slot, is_abandoned
+from shpool.errors import TaskError, TaskTerminatedError, UnpicklableError, WorkerLostError
 from shpool.retry import carry_attempts, summary_of
 from shpool.worker import load, load_error
 
@@ -101,10 +101,13 @@ class Ledger:
             self._take_error(flight, load_error(bytes(message.payload)))
             return
         try:
-            result = load(message.payload)
             if flight.task.batch:
-                self._take_part(flight, result, message)
+                self._take_last_part(flight, message)
                 result = BatchResult(flight.results, flight.errors, flight.seconds, flight.size)
+            else:
+                result = load(message.payload)
+                if isinstance(flight.future, Slot):
+                    flight.future.received = len(message.payload)
         except BaseException as exc:  # noqa: BLE001 - border: unpickling runs the result's own code
             reason = f"it cannot be unpickled in the parent: {type(exc).__name__}: {exc}"
             self.settle(flight, UnpicklableError("result", f"the result of {flight.task.label}", reason))
@@ -113,8 +116,35 @@ class Ledger:
 
     def take_part(self, flight: Flight, message: Message) -> None:
         """Keep the first results of a batch, so that they need not come again if its worker is lost."""
-        with contextlib.suppress(Exception):  # border: what cannot be unpickled here runs again by itself
+        if flight.is_spoiled:
+            return  # a gap before these would give each of them another item's place
+        try:
+            part = load(message.payload)
+        except BaseException:  # noqa: BLE001 - border: unpickling runs the results' own code
+            flight.is_spoiled = True
+        else:
+            self._take_part(flight, part, message)
+
+    def _take_last_part(self, flight: Flight, message: Message) -> None:
+        """Keep what has come of a batch up to what cannot be unpickled; whoever asked has the rest run again.
+
+        Raises:
+            Exception: They are of one call, which is to answer for itself.
+        """
+        if flight.task.calls == 1:
             self._take_part(flight, load(message.payload), message)
+        else:
+            self.take_part(flight, message)
+
+    @staticmethod
+    def take_told(flight: Flight, message: Message) -> None:
+        """Hand on what a task says before it ends; not what a thread says that a former one has left."""
+        if flight.task.hear is None or message.number != flight.number:
+            return
+        try:
+            flight.task.hear(load(message.payload))
+        except BaseException:  # border: unpickling runs the value's own code
+            logger.exception("what %s has told could not be heard", flight.task.label)
 
     @staticmethod
     def _take_part(flight: Flight, part: tuple[list[Any], dict[int, bytes]], message: Message) -> None:
@@ -127,14 +157,18 @@ class Ledger:
 
     def take_loss(self, flight: Flight, error: TaskError) -> None:
         """Act on the end of the worker that was running a flight."""
-        if flight.task.batch and isinstance(error, WorkerLostError):
+        if flight.task.batch and not flight.is_unwanted and isinstance(error, WorkerLostError):
             self.settle(flight, None, BatchResult(flight.results, flight.errors, flight.seconds, flight.size, error))
         else:
             self._take_error(flight, error)
 
     def _take_error(self, flight: Flight, error: BaseException) -> None:
+        if flight.is_unwanted:  # it failed just before it was stopped
+            self.settle(flight, TaskTerminatedError(flight.task.label))
+            return
         attempt = len(flight.history) + 1
-        delay = None if self.is_closed else flight.task.policy.wait_before_retry(error, attempt, time.time())
+        is_last = self.is_closed or is_abandoned(flight.future)
+        delay = None if is_last else flight.task.policy.wait_before_retry(error, attempt, time.time())
         if delay is None:
             self.settle(flight, error)
             return
@@ -145,6 +179,8 @@ class Ledger:
     def wait(self, flight: Flight, delay: float) -> None:
         """Let a flight wait for its next attempt; under the lock."""
         self.tally.retried += 1
+        if isinstance(flight.future, Slot):
+            flight.future.put_off(flight.size)
         self._dispatch.delay(flight, time.monotonic() + delay)
         attempt, most = len(flight.history) + 1, flight.task.policy.retries + 1
         logger.warning("%s: attempt %d of %d in %.1f s %s", flight.task.label, attempt, most, delay, flight.history[-1])

@@ -11,7 +11,6 @@ import logging
 import os
 import threading
 import weakref
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from shpool.engines.dispatch import Dispatch
@@ -19,10 +18,13 @@ from shpool.engines.ledger import Ledger
 from shpool.engines.member import Flight
 from shpool.engines.packing import pack_arguments, pack_function
 from shpool.errors import InitializerError, TaskTerminatedError, UnpicklableError
+from shpool.importing import signals_wait
+from shpool.waiting import PoolFuture, wait_in_glances
 from shpool.worker import load_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
 
     from shpool.channels import TokenChannel
     from shpool.engines.base import Tally, Task
@@ -51,6 +53,7 @@ class LoopingEngine(abc.ABC):
         self._dispatch = Dispatch()
         self._ledger = Ledger(self._lock, self._dispatch, self._ring_if_closing)
         self._is_closing = self._is_killing = self._has_ended = self._is_rung = False
+        self._has_abandoned = False  # something waits, or did, that nobody wants any more
         self._fatal: Exception | None = None
 
     @property
@@ -78,17 +81,17 @@ class LoopingEngine(abc.ABC):
         """Why no task can run any more; None while they can."""
         return self._fatal
 
-    def prepare(self, fn: Callable[..., Any]) -> PackedFunction:
-        """Pickle a function.
+    def prepare(self, fn: Callable[..., Any], *, serves_many: bool = False) -> PackedFunction:
+        """Pickle a function; see ``Engine.prepare``.
 
         Raises:
             UnpicklableError: It cannot be pickled.
         """
-        return pack_function(fn)
+        return pack_function(fn, serves_many=serves_many)
 
     def submit(self, task: Task, future: Future[Any] | None = None) -> Future[Any]:
         """Run a task; see ``Engine.submit``."""
-        future = Future() if future is None else future
+        future = PoolFuture() if future is None else future
         try:
             kind, payload = pack_arguments(task)
         except UnpicklableError as exc:
@@ -117,6 +120,15 @@ class LoopingEngine(abc.ABC):
                 self._stop_waiting(waiting)
             return waiting is not None  # else it is getting its end at this moment
 
+    def recall(self, future: Future[Any]) -> None:  # noqa: B027 - what most can do
+        """Do nothing; see ``Engine.recall``."""
+
+    def drop_abandoned(self) -> None:
+        """Have the loop drop it, as the garbage collector may close a map anywhere; see ``Engine.drop_abandoned``."""
+        with self._lock:
+            self._has_abandoned = True
+            self._ring()
+
     def shutdown(self, *, cancel: bool = False, kill: bool = False) -> None:
         """Take no more tasks; see ``Engine.shutdown``. Returns at once."""
         with self._lock:
@@ -133,7 +145,7 @@ class LoopingEngine(abc.ABC):
         if self._thread.ident is None or threading.current_thread() is self._thread:
             return self._thread.ident is None
         # Not for the thread itself: before Python 3.13 one whose join() was interrupted counts as stopped from then on.
-        if self._is_over_for_good.wait(timeout):
+        if wait_in_glances(self._is_over_for_good.wait, timeout):
             self._thread.join(timeout)
         return self._is_over_for_good.is_set()
 
@@ -148,7 +160,8 @@ class LoopingEngine(abc.ABC):
 
     def _start_loop(self) -> None:
         _started.add(self)
-        self._thread.start()
+        with signals_wait():
+            self._thread.start()
 
     def _close_copies(self) -> None:  # noqa: B027 - a hook, for those who need it
         """Close what a forked child has got without wanting it."""
@@ -200,6 +213,7 @@ class LoopingEngine(abc.ABC):
             self._begin()
             while not self._is_over():
                 self._turn()
+                self._end_abandoned()
         except BaseException as exc:
             logger.exception("the pool's loop has failed")
             self._fail_all(RuntimeError(f"the pool has failed: {type(exc).__name__}: {exc}"))
@@ -216,6 +230,15 @@ class LoopingEngine(abc.ABC):
     def _is_over(self) -> bool:
         with self._lock:
             return self._fatal is not None or self._is_killing or (self._is_closing and not self._ledger.pending)
+
+    def _end_abandoned(self) -> None:
+        if not self._has_abandoned:  # read without the lock: whoever sets it rings for another turn
+            return
+        with self._lock:
+            self._has_abandoned = False
+            abandoned = self._dispatch.take_out_abandoned()
+        for flight in abandoned:
+            self._ledger.drop(flight, TaskTerminatedError(flight.task.label))
 
     def _begin(self) -> None:  # noqa: B027 - as above
         """Do what comes before the first turn."""

@@ -7,16 +7,14 @@ import contextlib
 import errno
 import math
 import os
-import resource
 import select
-import signal
 import socket
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from shpool.engines.keeping import KeptFunctions
 from shpool.engines.serve import LARGE, Kind, LifelineHandle, MessageBuffer, encode, encode_parts, work
 
 if TYPE_CHECKING:
@@ -25,18 +23,16 @@ if TYPE_CHECKING:
 
     from shpool.board import Board
     from shpool.engines.base import Task
+    from shpool.engines.birth import WorkerProcess
     from shpool.engines.serve import Message
     from shpool.engines.setup import WorkerSetup
     from shpool.errors import TaskError
     from shpool.gate import Gate
 
 _REAP_WITHIN = 2.0  # s between the end of a lifeline and the end of its process
-_REAP_STEP = 0.01  # s
 _ENDED = frozenset({errno.EPIPE, errno.ECONNRESET, errno.EBADF})
 _SOCKET_BUFFER = 2**20  # bytes; a message of a megabyte then takes one system call
 _READS_IN_A_ROW = 8  # from one worker, while others wait
-_MOST_FUNCTIONS = 128  # a worker keeps at a time
-_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes that ru_maxrss counts: getrusage(2) of macOS and Linux
 
 
 class PackedFunction(NamedTuple):
@@ -59,6 +55,7 @@ class Flight:
     history: list[str] = field(default_factory=list)  # a line for each attempt that failed
     results: list[Any] = field(default_factory=list)  # of a batch, as far as they have come
     errors: dict[int, BaseException] = field(default_factory=dict)  # likewise, by index
+    is_spoiled: bool = False  # some of them could not be unpickled: what comes after those counts no more
     seconds: float = 0.0  # these have taken
     size: int = field(init=False)  # bytes of the arguments and of these
     is_running: bool = False
@@ -86,20 +83,20 @@ class Member:
         flights: What was sent and is not answered, oldest first; the first one is running.
         is_ready: The worker has been initialised.
         recalled_behind: Number of the flight behind which the worker was last asked for what it has not begun.
-        is_gone: The worker's end of the lifeline is closed.
+        is_gone: The worker's end of the lifeline is closed, and all that it said was read.
         doom: Set when the process was killed for the sake of one flight.
+        stops_before: When it is, at the latest, while what waits behind that flight is had back; by ``time.monotonic``.
         head_since: Boot of the first flight's run, by ``time.monotonic``.
         calls_left: How many calls may still be sent to it.
         is_retiring: It gets no more tasks and is to end.
         is_leaving: It was told to end.
         leaves_before: When it is killed if it has not, by ``time.monotonic``.
-        peak_memory: Most bytes of memory it ever held, None when unknown; there once it was reaped.
         died_unread: The worker ended before it had read all that was sent: it has not begun the last flight.
     """
 
     def __init__(
         self,
-        process: Any,  # noqa: ANN401 - loky has no types
+        process: WorkerProcess,
         end: socket.socket,
         recall: int,
         landing: memoryview,
@@ -115,18 +112,18 @@ class Member:
         self._bytes_put = self._bytes_sent = 0  # ever
         self.pid: int = process.pid
         self.flights: collections.deque[Flight] = collections.deque()
-        self.functions: set[bytes] = set()
+        self._functions = KeptFunctions()
         self.is_ready = False
         self.is_gone = False
+        self._is_deaf = False  # it has closed its end; what it said before may still be unread
         self.recalled_behind = 0
         self.doom: Doom | None = None
+        self.stops_before = math.inf
         self.head_since = 0.0
         self.died_unread = False
         self.calls_left = math.inf if most_calls is None else most_calls
         self.is_retiring = self.is_leaving = False
         self.leaves_before = math.inf
-        self.peak_memory: int | None = None
-        self._parents_peak = _own_peak_memory()
 
     @classmethod
     def launch(  # noqa: PLR0913, PLR0917 - all that a worker is made of
@@ -138,15 +135,12 @@ class Member:
         landing: memoryview,
         gate: Gate | None = None,
     ) -> Member:
-        """Start a worker process with loky; ``landing`` is where the crew's loop lets messages arrive.
+        """Start a worker process; ``landing`` is where the crew's loop lets messages arrive.
 
         Raises:
             OSError: The system starts no more processes or opens no more descriptors.
         """
-        import multiprocessing.process  # these here: the login need not wait for them
-        from multiprocessing import resource_tracker
-
-        from loky.backend import get_context
+        from shpool.engines.birth import start_process  # here: the login need not wait for it
 
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):  # as much of it as the system allows
@@ -154,24 +148,9 @@ class Member:
         recalled, recall = os.pipe()
         try:
             os.set_blocking(recall, False)
-            handle, admission = board.handle(), None if gate is None else gate.handle()
-            process = get_context("loky").Process(
-                target=work,
-                args=(LifelineHandle(theirs, recalled), handle, pickled_setup, tuple(blanked), admission),
-                env={**setup.env, **dict.fromkeys(blanked, "")},
-            )
-            resource_tracker.ensure_running()  # before Python 3.13 its launch, inside start(), unblocks SIGINT
-            # Blocked here, hence in the child from its first instruction on; it unblocks once it ignores ^C.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
-                process.start()
-            except UnboundLocalError as exc:  # how loky 3.7 fails when it gets no pipe
-                raise exc.__context__ or exc from None
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-                handle.keep_from_others()
-                if admission is not None:
-                    admission.keep_from_others()
+            admission = None if gate is None else gate.handle()
+            args = (LifelineHandle(theirs, recalled), board.handle(), pickled_setup, tuple(blanked), admission)
+            process = start_process(work, args, {**setup.env, **dict.fromkeys(blanked, "")})
         except BaseException:
             ours.close()
             os.close(recall)
@@ -179,8 +158,6 @@ class Member:
         finally:
             theirs.close()
             os.close(recalled)
-        # Else multiprocessing would wait for it at the interpreter's exit, before the pool is told to end.
-        getattr(multiprocessing.process, "_children", set()).discard(process)
         ours.setblocking(False)
         return cls(process, ours, recall, landing, setup.max_tasks)
 
@@ -191,7 +168,8 @@ class Member:
     @property
     def is_usable(self) -> bool:
         """Tell whether tasks may be sent here."""
-        return self.is_ready and not self.is_gone and self.doom is None and not self.is_retiring
+        is_open = not (self._is_deaf or self.is_gone or self.is_retiring)
+        return self.is_ready and is_open and self.doom is None
 
     @property
     def is_full(self) -> bool:
@@ -206,14 +184,13 @@ class Member:
     def load(self, flight: Flight) -> None:
         """Put the messages that start a flight, the function included where this worker lacks it."""
         self.flights.append(flight)
+        self.recalled_behind = 0  # what is new there may be had back as well
         self.calls_left -= flight.task.calls
         self.is_retiring = self.calls_left < 1
         packed = flight.function
-        if packed.key not in self.functions:
-            if len(self.functions) >= _MOST_FUNCTIONS:  # closures made in a loop must not pile up in the worker
-                self.functions.clear()
-                self.put(encode(Kind.FORGET))
-            self.functions.add(packed.key)
+        if not self._functions.has(packed.key):
+            for key in self._functions.add(packed.key, len(packed.pickled)):
+                self.put(encode(Kind.FORGET, key=key))
             self.put(*encode_parts(Kind.FUNCTION, 0, packed.pickled, key=packed.key))
         self.put(*encode_parts(flight.kind, flight.number, flight.payload, key=packed.key))
         flight.ends_at = self._bytes_put
@@ -236,8 +213,8 @@ class Member:
                         self._unsent = memoryview(self._next_piece())
                     sent = self._end.send(self._unsent)
                 except OSError as exc:
-                    # Gone: the loop is about to read the end of the stream. Else: full, and the loop goes on later.
-                    self.is_gone = exc.errno in _ENDED
+                    # Full, and the loop goes on later; or closed, and the loop is about to read the end of the stream.
+                    self._is_deaf = exc.errno in _ENDED
                     return
                 self._unsent = self._unsent[sent:]
                 self._bytes_sent += sent
@@ -294,7 +271,7 @@ class Member:
 
     def condemn(self, flight: Flight, error: TaskError) -> None:
         """Kill the process to stop one flight; the end of the lifeline tells when it is gone."""
-        self.doom = Doom(flight, error)
+        self.doom, self.stops_before = Doom(flight, error), math.inf
         self.kill()
 
     def await_end(self, seconds: float) -> bool:
@@ -306,6 +283,11 @@ class Member:
             self.receive()
         return self.is_gone
 
+    @property
+    def peak_memory(self) -> int | None:
+        """Most bytes of memory it ever held, None when unknown; there once it was reaped."""
+        return self._process.peak_memory
+
     def let_go(self) -> None:
         """Close this process's copy of the lifeline."""
         self._end.close()
@@ -315,44 +297,13 @@ class Member:
 
     def kill(self) -> None:
         """End the process at once."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)  # not reaped before reap(), so the pid is still its own
+        self._process.kill()
 
     def reap(self) -> int | None:
         """Let go of the lifeline, wait for the end of the process, return its exit code."""
         with self._sending:  # a thread in the middle of flush() must not hit a new socket of the same number
             self.let_go()
-        exitcode = self._exitcode_within(_REAP_WITHIN)
-        if exitcode is None:
+        if not self._process.await_end(_REAP_WITHIN):
             self.kill()
-            exitcode = self._exitcode_within(_REAP_WITHIN)
-        return exitcode
-
-    def _exitcode_within(self, seconds: float) -> int | None:
-        """Wait for the end in steps: loky waits for a pipe that the worker's own children may hold open."""
-        give_up = time.monotonic() + seconds
-        while (exitcode := self._end_of_process()) is None and time.monotonic() < give_up:
-            time.sleep(_REAP_STEP)
-        return exitcode
-
-    def _end_of_process(self) -> int | None:
-        """Return the exit code, None before the end. Asked of the system, as loky does not ask what was used."""
-        popen = self._process._popen  # noqa: SLF001 - it must know what was taken from it
-        if popen.returncode is None:
-            try:
-                pid, status, usage = os.wait4(self.pid, os.WNOHANG)
-            except ChildProcessError:  # somebody else has waited for it
-                exitcode: int | None = self._process.exitcode
-                return exitcode
-            if not pid:
-                return None
-            popen.returncode = os.waitstatus_to_exitcode(status)
-            peak = usage.ru_maxrss * _MAXRSS_UNIT
-            # Linux counts in what the process was before exec(): a copy of this one. So a lesser peak says nothing.
-            self.peak_memory = peak if peak > self._parents_peak else None
-        returncode: int = popen.returncode
-        return returncode
-
-
-def _own_peak_memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
+            self._process.await_end(_REAP_WITHIN)
+        return self._process.exitcode

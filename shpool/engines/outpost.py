@@ -15,9 +15,11 @@ import time
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from shpool.engines.keeping import KeptFunctions, may_be_kept
 from shpool.engines.leased_gate import LeasedGate
 from shpool.engines.sealed import Answer, Call
 from shpool.engines.serve import Kind, unreadable
+from shpool.engines.traces import Traces
 from shpool.errors import TokenUnavailableError
 from shpool.gate import unanswered
 from shpool.logs import RelayHandler
@@ -25,12 +27,11 @@ from shpool.shared import SharedSession, adopt_session, is_session_here, leave_s
 from shpool.worker import call, call_each, dump_each, dump_error, load
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from shpool.engines.parcels import TokenCell
     from shpool.engines.setup import WorkerSetup
 
-_MOST_FUNCTIONS = 128  # an outpost keeps at a time
 _MOST_RECORDS = 1000  # log records that an answer carries
 
 
@@ -62,7 +63,8 @@ class Outpost:
         self.session = SharedSession(cell, report=report, gate=self.gate)
         self.openings = 0
         self._pickled_setup = pickled_setup
-        self._functions: dict[bytes, Callable[..., Any]] = {}
+        self._functions: dict[bytes, bytes | Callable[..., Any]] = {}
+        self._kept = KeptFunctions()  # these, by size
         self._lock = threading.RLock()  # guards what follows, and is held while the initializer runs
         self._is_begun = False
         self._unfit = b""  # the pickled error of the initializer
@@ -82,12 +84,13 @@ class Outpost:
                 self._begin()
             if self._unfit:
                 return Answer(Kind.UNFIT, 0.0, os.getpid(), self._unfit).to_bytes()
-            if not call.function and call.key not in self._functions:
+            fn = self._keep(call)
+            if fn is None:
                 return Answer(Kind.FUNCTION, 0.0, os.getpid()).to_bytes()
             if call.is_timed:
                 begun(call.number)
             since = time.perf_counter()
-            done, payload = self._outcome(call)
+            done, payload = self._outcome(call, fn)
             seconds = time.perf_counter() - since
         kind = Kind.RESULT if done else Kind.ERROR
         return Answer(kind, seconds, os.getpid(), payload, tuple(records)).to_bytes()
@@ -127,17 +130,17 @@ class Outpost:
                 raise TokenUnavailableError(reason)
             try:
                 setup: WorkerSetup = load(self._pickled_setup)
-                self._set_up(setup.env, setup.log_level)
+                self._leave_traces(setup)
                 if setup.initializer is not None:
                     setup.initializer(*setup.initargs)
             except BaseException as exc:  # noqa: BLE001 - border: the initializer is the user's
                 self._unfit = dump_error(exc)
             self._is_begun = True
 
-    def _set_up(self, env: Mapping[str, str], log_level: int | None) -> None:
-        _traces.add(self, env, log_level)
-        if log_level is not None:
-            self._handler = _RecordsOfCalls(log_level, self.session)
+    def _leave_traces(self, setup: WorkerSetup) -> None:
+        _traces.add(self, setup.env, setup.log_level)
+        if setup.log_level is not None:
+            self._handler = _RecordsOfCalls(setup.log_level, self.session)
             logging.getLogger().addHandler(self._handler)
         if self._is_closed:  # meanwhile, perhaps too early to undo all of this
             self._clear_up()
@@ -147,9 +150,22 @@ class Outpost:
         if self._handler is not None:
             logging.getLogger().removeHandler(self._handler)
 
-    def _outcome(self, sealed: Call) -> tuple[bool, bytes]:
+    def _keep(self, sealed: Call) -> bytes | Callable[..., Any] | None:
+        """Return a call's function in the form it is kept in; None where it is not here."""
+        with self._lock:
+            kept = self._functions.get(sealed.key)
+            if kept is not None:
+                self._kept.has(sealed.key)
+                return kept
+            if sealed.function:
+                for former in self._kept.add(sealed.key, len(sealed.function)):
+                    self._functions.pop(former, None)
+                self._functions[sealed.key] = sealed.function
+            return sealed.function or None
+
+    def _outcome(self, sealed: Call, kept: bytes | Callable[..., Any]) -> tuple[bool, bytes]:
         try:
-            fn = self._function_of(sealed)
+            fn = self._function_of(sealed, kept)
         except BaseException as exc:  # noqa: BLE001 - border: unpickling imports the user's modules
             return False, unreadable("function", exc)
         try:
@@ -160,13 +176,14 @@ class Outpost:
             return call(fn, *args)
         return True, dump_each(*call_each(fn, args, star=sealed.kind == Kind.BATCH_STAR))
 
-    def _function_of(self, sealed: Call) -> Callable[..., Any]:
-        fn = self._functions.get(sealed.key)
-        if fn is None:
-            fn = load(sealed.function)
-            if len(self._functions) >= _MOST_FUNCTIONS:  # closures made in a loop must not pile up here
-                self._functions.clear()
-            self._functions[sealed.key] = fn
+    def _function_of(self, sealed: Call, kept: bytes | Callable[..., Any]) -> Callable[..., Any]:
+        if not isinstance(kept, bytes):
+            return kept
+        fn: Callable[..., Any] = load(kept)
+        if may_be_kept(sealed.key, fn, kept):
+            with self._lock:
+                if sealed.key in self._functions:
+                    self._functions[sealed.key] = fn
         return fn
 
 
@@ -231,58 +248,7 @@ def _collect(record: bytes) -> None:
         records.append(record)
 
 
-class _Traces:
-    """What outposts leave on their process for their time: environment variables, and the root logger's level.
-
-    How it was before the first of them is kept here, not in them: they end in any order, and each leaves what those
-    that are still there want. Of a variable that is the latest one's value; the level lets pass what the most curious
-    wants, as each takes its own calls' records from its own level on.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards what follows
-        self._wants: dict[Outpost, tuple[Mapping[str, str], int | None]] = {}  # in the order in which they came
-        self._former_env: dict[str, str | None] = {}
-        self._former_level: int | None = None
-
-    def add(self, outpost: Outpost, env: Mapping[str, str], level: int | None) -> None:
-        """Set what an outpost wants."""
-        with self._lock:
-            self._wants[outpost] = env, level
-            for name in env:
-                self._former_env.setdefault(name, os.environ.get(name))
-            os.environ.update(env)
-            if level is not None:
-                if self._former_level is None:
-                    self._former_level = logging.getLogger().level
-                self._set_level()
-
-    def remove(self, outpost: Outpost) -> None:
-        """Undo what an outpost wanted, as far as no other wants it."""
-        with self._lock:
-            env, level = self._wants.pop(outpost, ({}, None))
-            for name in env:
-                wanted = [others[name] for others, _ in self._wants.values() if name in others]
-                _set(name, wanted[-1] if wanted else self._former_env.pop(name))
-            if level is not None:
-                self._set_level()
-
-    def _set_level(self) -> None:
-        former = self._former_level or logging.NOTSET
-        levels = [level for _, level in self._wants.values() if level is not None]
-        logging.getLogger().setLevel(min([former, *levels]))
-        if not levels:
-            self._former_level = None
-
-
-def _set(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value
-
-
-_traces = _Traces()
+_traces = Traces()
 _registry = threading.Lock()  # guards the three that follow
 _outposts: dict[str, Outpost] = {}
 _homes: set[str] = set()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+from shpool.engines.keeping import key_of
 from shpool.engines.member import PackedFunction
 from shpool.engines.serve import Kind
 from shpool.errors import UnpicklableError
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
     from shpool.engines.base import Task
 
 
-def pack_function(fn: Callable[..., Any]) -> PackedFunction:
-    """Pickle a function.
+def pack_function(fn: Callable[..., Any], *, serves_many: bool = False) -> PackedFunction:
+    """Pickle a function; see ``Engine.prepare``.
 
     Raises:
         UnpicklableError: It cannot be pickled.
@@ -25,9 +26,7 @@ def pack_function(fn: Callable[..., Any]) -> PackedFunction:
         pickled = dump(fn)
     except Exception as exc:
         raise _unpicklable(fn, "function", exc) from exc
-    import hashlib  # here: the workers need not wait for it to be loaded
-
-    return PackedFunction(hashlib.blake2b(pickled, digest_size=16).digest(), pickled)
+    return PackedFunction(key_of(pickled, serves_many=serves_many), pickled)
 
 
 def pack_arguments(task: Task) -> tuple[Kind, bytes]:
@@ -36,7 +35,8 @@ def pack_arguments(task: Task) -> tuple[Kind, bytes]:
     Raises:
         UnpicklableError: They cannot be pickled.
     """
-    kind, content = Kind.CALL, cast("object", (task.args, task.kwargs))
+    kind = Kind.CALL
+    content: object = (task.args, task.kwargs)
     if task.batch:
         kind, content = (Kind.BATCH_STAR if task.star else Kind.BATCH), task.args
     try:

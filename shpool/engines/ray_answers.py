@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import queue
 import threading
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
 _BUNCH = 8  # calls launched at once from which it is worth to wait for them together
 _HANDFUL = 16  # answers to fetch at a time
-_PATIENCE = 0.01  # s for a handful; what takes longer is told of one by one
+_WINDOW = 2 * _HANDFUL  # calls to look at for these, oldest first; Ray takes a microsecond for each at every look
+_PATIENCE = 0.01  # s for a handful; then less will do
+_STALL = 0.1  # s for a first answer after that; if none comes, those looked at are told of one by one
 
 
 class Answers:
@@ -73,13 +76,20 @@ class Answers:
             if not ray.is_initialized():  # else Ray would start a cluster of its own, unasked
                 expected.clear()
                 continue
-            wanted = min(_HANDFUL, len(expected))
-            done, _ = ray.wait(list(expected), num_returns=wanted, timeout=_PATIENCE)
+            window = list(itertools.islice(expected, _WINDOW))
+            done = _wait_for(window)
             for ref, outcome in zip(done, _outcomes(done), strict=True):
                 self._tell(expected.pop(ref), outcome)
-            if len(done) < wanted:
-                self._expect_each(expected)
-                expected.clear()
+            if not done:  # the oldest take long, or are held up; those behind them need not be
+                self._expect_each({ref: expected.pop(ref) for ref in window})
+
+
+def _wait_for(window: list[Any]) -> list[Any]:
+    """Return a handful of those that have an answer: fewer when they come slowly, none when they do not come."""
+    done, _ = ray.wait(window, num_returns=min(_HANDFUL, len(window)), timeout=_PATIENCE)
+    if not done:
+        done, _ = ray.wait(window, num_returns=1, timeout=_STALL)
+    return list(done)
 
 
 def _outcomes(refs: list[Any]) -> list[Any]:

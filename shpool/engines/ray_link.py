@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import logging
 import os
@@ -18,12 +19,13 @@ from shpool.engines.ray import check_ray_address
 from shpool.engines.ray_head import Errand, let_go_of_head
 from shpool.engines.ray_local import INNER, LocalRay
 from shpool.errors import ClusterError, ClusterUnreachableError
+from shpool.processors import processor_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 _LONGEST_KNOCK = 3.0  # s until a host counts as unreachable; ray.init() itself tries for more than a minute
-_LONGEST_CONNECT = 9.0  # s; a tenth is usual, and DESIGN's limit for an unreachable cluster is 10
+_LONGEST_CONNECT = 9.0  # s; a tenth is usual, and an unreachable cluster is to be told within 10
 _LONGEST_LEAVE = 10.0  # s that ray.shutdown() gets; it wants up to 6 where a process of the cluster is gone
 _FIRST_LEAVE = 0.5  # s that one gets whose end is not worth waiting for
 _SILENCE = (
@@ -80,7 +82,7 @@ class Link:
         address = address or os.environ.get("RAY_ADDRESS")
         try:
             if address is None:
-                self._local = LocalRay(workers or os.cpu_count() or 1, blanked())
+                self._local = LocalRay(workers or processor_count(), blanked())
                 _init_in_time(self._local.address, address="auto", _temp_dir=str(Path(self._local.folder, INNER)))
             else:
                 if address != "auto":
@@ -116,8 +118,22 @@ class Link:
         if leaving.has_ended(_LONGEST_LEAVE if is_answering else _FIRST_LEAVE):
             return True
         self._leaving = leaving
-        atexit.register(leaving.join, _LONGEST_LEAVE)  # before Ray's own, which would do the same at the same time
+        atexit.register(_await_farewell, leaving)  # runs before Ray's own, which would do the same at the same time
         return False
+
+
+def _await_farewell(leaving: Errand) -> None:
+    """Let a ``ray.shutdown()`` end at the end of the process; where it does not, have that end without it.
+
+    Ray's own would wait for it for ever. Once Python has ended, the process would end by SIGSEGV: the C library takes
+    down what Ray's threads still use. So it is told to go at once then, with the exit code as it is.
+    """
+    leaving.join(_LONGEST_LEAVE)
+    if leaving.is_alive():
+        atexit.unregister(ray.shutdown)
+        library = ctypes.CDLL(None)
+        if hasattr(library, "on_exit"):  # glibc's; it calls what was registered last before all else
+            library.on_exit(library["_exit"], None)
 
 
 def _refuse_another(address: str | None) -> None:

@@ -14,10 +14,10 @@ import queue
 import secrets
 import threading
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shpool.engines.cluster import Lost, RemoteChannel, Unbegun
+from shpool.engines.launches import Launch, Launches, Paces
 from shpool.engines.lease_office import LeaseOffice
 from shpool.engines.looping import LoopingEngine
 from shpool.engines.outpost import note_home
@@ -38,30 +38,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# s of work to have at each worker beyond what it runs: a cluster takes milliseconds to bring the next call.
-_AHEAD = 0.1
-_MOST_AHEAD = 64  # calls at a worker beyond the one it runs
-_PACE_MEMORY = 0.2  # share of the newest call's time in the running mean
 _LARGE_FUNCTION = 16 * 1024  # bytes from which a function goes to a worker only when it asks for it
 _LONGEST_NAP = 3600.0  # s
 _STOP_WITHIN = 3.0  # s for all that runs, when the pool ends at once
-
-
-@dataclass(eq=False)
-class _Launch:
-    """A flight at the cluster.
-
-    Attributes:
-        flight: What flies.
-        limit: When it has taken too long, by ``time.monotonic``.
-        doom: How it is to end once its worker is gone, which was asked for.
-        is_unheeded: Its future has its end, and the call could not be stopped.
-    """
-
-    flight: Flight
-    limit: float = math.inf
-    doom: TaskError | None = None
-    is_unheeded: bool = False
 
 
 class RemoteEngine(LoopingEngine):
@@ -76,6 +55,7 @@ class RemoteEngine(LoopingEngine):
 
     largest_batch = None
     singles = 64  # some of what goes ahead in one bunch
+    hears = False
 
     def __init__(
         self,
@@ -96,9 +76,9 @@ class RemoteEngine(LoopingEngine):
         self._launching = threading.Lock()  # held while calls go to the cluster; never waited for under the other lock
 
         # Guarded by the lock.
-        self._aloft: dict[int, _Launch] = {}
+        self._aloft = Launches()
         self._wanted: set[int] = set()  # numbers of flights whose worker has asked for the function
-        self._pace: float | None = None  # seconds that a call or a batch takes at its worker
+        self._paces = Paces()
 
     @property
     def channel(self) -> TokenChannel:
@@ -107,8 +87,8 @@ class RemoteEngine(LoopingEngine):
 
     @property
     def workers(self) -> int:
-        """How many tasks can run at once; at least 1, as there may be workers later."""
-        return max(1, int(min(self._most, self._cluster.capacity)))
+        """How many tasks can run at once; 0 while there is no worker, and tasks wait for one."""
+        return int(min(self._most, self._cluster.capacity))
 
     def start(self) -> None:
         """Connect to the cluster.
@@ -126,13 +106,14 @@ class RemoteEngine(LoopingEngine):
         self._start_loop()
 
     def _take_in(self, flight: Flight) -> None:
-        """Send a flight if nothing is under way, else leave that to the loop."""
+        """Send a flight if nothing is under way, else leave that to the loop; wake that only if there is room."""
         with self._lock:
-            self._open(flight)
+            is_ready = self._open(flight)
             is_idle = not self._aloft and self._launching.acquire(blocking=False)
             try:
                 calls = self._next_calls() if is_idle else []
-                if not calls or flight.task.timeout is not None or self._dispatch:
+                head = self._dispatch.head
+                if not is_ready or flight.task.timeout is not None or (head and self._fits(head, len(self._aloft))):
                     self._ring()
             except BaseException:
                 if is_idle:
@@ -187,12 +168,11 @@ class RemoteEngine(LoopingEngine):
 
     def _stop_running(self, future: Future[Any]) -> bool:
         """Have it stopped; if it runs beside others in one process, it is left to run and no longer heeded."""
-        for number, launch in self._aloft.items():
-            if launch.flight.future is future:
-                error = TaskTerminatedError(launch.flight.task.label)
-                self._inbox.put(functools.partial(self._end_early, number, error))
-                return True
-        return False
+        found = self._aloft.find(future)
+        if found is not None:
+            number, launch = found
+            self._inbox.put(functools.partial(self._end_early, number, TaskTerminatedError(launch.label)))
+        return found is not None
 
     def _stop_waiting(self, flight: Flight) -> None:
         error = TaskTerminatedError(flight.task.label)
@@ -203,21 +183,14 @@ class RemoteEngine(LoopingEngine):
             self._is_rung = True
             self._inbox.put(self._heed_the_bell)
 
-    def _room(self) -> int:
-        """Return how many more calls may go to the cluster now.
-
-        Ahead of what runs they go in bunches: a message costs a cluster ten times what one more call in it does.
-        """
-        workers, aloft = self.workers, len(self._aloft)
-        ahead = 0.0 if self._pace is None else min(_MOST_AHEAD, _AHEAD / max(self._pace, 1e-6))
-        return workers + int(workers * ahead) - aloft if aloft < workers * (1 + ahead / 4) else 0
-
     def _next_calls(self) -> list[Call]:
+        """Take what may go to the cluster now.
+
+        Ahead of what runs it goes in bunches: a message costs a cluster ten times what one more call in it does.
+        """
         calls: list[Call] = []
-        room, free = self._room(), self.workers - len(self._aloft)
-        while (flight := self._dispatch.head) is not None and len(calls) < room:
-            if flight.task.timeout is not None and len(calls) >= free:
-                break  # its time must not pass while it waits at a worker
+        before = len(self._aloft)
+        while (flight := self._dispatch.head) is not None and self._fits(flight, before):
             self._dispatch.take_head()
             if not flight.is_running and not flight.future.set_running_or_notify_cancel():
                 self._ledger.forget(flight)
@@ -226,11 +199,19 @@ class RemoteEngine(LoopingEngine):
             calls.append(self._call_of(flight))
         return calls
 
+    def _fits(self, flight: Flight, before: int) -> bool:
+        """Tell whether one more call may go, in a bunch before which there were so many at the cluster."""
+        workers, aloft = max(1, self.workers), len(self._aloft)  # one waits there for the first worker
+        if flight.task.timeout is not None and aloft >= workers:
+            return False  # its time must not pass while it waits at a worker
+        ahead = self._paces.ahead(flight)
+        return before < workers * (1 + ahead / 4) and aloft < workers + int(workers * ahead)
+
     def _call_of(self, flight: Flight) -> Call:
         """Note a launch; return what travels."""
         number, packed, timeout = next(self._numbers), flight.function, flight.task.timeout
         limit = math.inf if timeout is None or self._cluster.tells_begin else time.monotonic() + timeout
-        self._aloft[number] = _Launch(flight, limit)
+        self._aloft.add(number, Launch(flight, limit))
         is_sent = len(packed.pickled) < _LARGE_FUNCTION or flight.number in self._wanted
         self._wanted.discard(flight.number)
         function = packed.pickled if is_sent else b""
@@ -266,7 +247,7 @@ class RemoteEngine(LoopingEngine):
 
     def _nap(self) -> float:
         with self._lock:
-            moments = [launch.limit for launch in self._aloft.values()] if self._ledger.timed else []
+            moments = list(self._aloft.limits()) if self._ledger.timed else []
             if self._dispatch.next_due is not None:
                 moments.append(self._dispatch.next_due)
         return min(_LONGEST_NAP, max(0.0, min(moments, default=math.inf) - time.monotonic()))
@@ -284,13 +265,9 @@ class RemoteEngine(LoopingEngine):
         now = time.monotonic()
         with self._lock:
             self._dispatch.release_due(now)
-            late = (
-                [(number, launch) for number, launch in self._aloft.items() if launch.limit <= now]
-                if self._ledger.timed
-                else []
-            )
+            late = self._aloft.late(now) if self._ledger.timed else []
         for number, launch in late:
-            self._end_early(number, TaskTimeoutError(_label(launch), launch.flight.task.timeout or 0.0))
+            self._end_early(number, TaskTimeoutError(launch.label, launch.flight.task.timeout or 0.0))
 
     def _set_limit(self, number: int, begun: float) -> None:
         launch = self._aloft.get(number)
@@ -304,13 +281,13 @@ class RemoteEngine(LoopingEngine):
             return
         launch.doom, launch.limit = error, math.inf
         if not self._cluster.stop(number):
-            logger.warning("%s runs on, unheeded: its worker runs other tasks too and is not stopped", _label(launch))
+            logger.warning("%s runs on, unheeded: its worker runs other tasks too and is not stopped", launch.label)
             launch.is_unheeded = True
             self._ledger.take_loss(launch.flight, error)
 
     def _take_end(self, number: int, outcome: bytes | BaseException) -> None:
         with self._lock:
-            launch = self._aloft.pop(number, None)
+            launch = self._aloft.take_out(number)
         if launch is None or launch.is_unheeded:
             return
         flight = launch.flight
@@ -341,14 +318,14 @@ class RemoteEngine(LoopingEngine):
                 self._wanted.add(flight.number)
                 self._dispatch.put_back([flight])
         else:
-            known = answer.seconds if self._pace is None else self._pace
-            self._pace = known + _PACE_MEMORY * (answer.seconds - known)
+            with self._lock:
+                self._paces.note(flight, answer.seconds)
             self._ledger.take_answer(flight, Message(answer.kind, 0, NO_KEY, answer.seconds, answer.payload))
 
     def _wind_up(self) -> None:
         """Settle what is left, leave the cluster."""
         with self._lock:
-            launches, self._aloft = self._aloft, {}
+            launches = self._aloft.clear()
         if self._is_killing and self._fatal is None:
             give_up = time.monotonic() + _STOP_WITHIN
             for number in launches:
@@ -374,7 +351,3 @@ class RemoteEngine(LoopingEngine):
         self._office.close()
         if self._owns_gate:
             self._gate.close()
-
-
-def _label(launch: _Launch) -> str:
-    return launch.flight.task.label

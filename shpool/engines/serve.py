@@ -1,11 +1,11 @@
 """The lifeline: its wire format, and the worker's end of it.
 
-A message is a header and a payload. Parent to worker: FUNCTION, FORGET (all functions), CALL, BATCH, STOP. Worker to
-parent: READY, UNFIT (the initializer failed), RESULT, ERROR, PART (the first results of a batch), REFUSED (a
-generation), RETURNED (calls not begun), LOG (a record), GREW (the worker holds more memory than it may; the number says
-how much). The header's ``key`` is a function's digest, its ``seconds`` the time a call took. The end of the stream
-tells either side that the other is gone. Beside the stream stands a pipe on which the parent asks for what was not
-begun: it is heard in the middle of a task too.
+A message is a header and a payload. Parent to worker: FUNCTION, FORGET (a function), CALL, BATCH, STOP. Worker to
+parent: READY, UNFIT (the initializer failed), RESULT, ERROR, PART (the first results of a batch), TOLD (what a task
+says before it ends), REFUSED (a generation), RETURNED (calls not begun), LOG (a record), GREW (the worker holds more
+memory than it may; the number says how much). The header's ``key`` is a function's digest, its ``seconds`` the time a
+call took. The end of the stream tells either side that the other is gone. Beside the stream stands a pipe on which the
+parent asks for what was not begun: it is heard in the middle of a task too, which may give back some of its own work.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from shpool.engines.keeping import may_be_kept
 from shpool.errors import UnpicklableError
 from shpool.gate import unanswered
 from shpool.logs import relay
 from shpool.shared import SharedSession, adopt_session
-from shpool.worker import call, call_each, dump, dump_each, dump_error, load
+from shpool.talk import take_line
+from shpool.worker import call, call_each, dump, dump_each, dump_error, load, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -65,9 +67,12 @@ class Kind(enum.IntEnum):
     LOG = 13
     GREW = 14
     PART = 15
+    TOLD = 16
 
 
+# Sets made once, and asked first: with Python 3.11 to look up a member of an enumeration takes 0.1 µs.
 _CALLS = frozenset({Kind.CALL, Kind.BATCH, Kind.BATCH_STAR})
+ANSWERS = frozenset({Kind.RESULT, Kind.ERROR})
 
 
 class Message(NamedTuple):
@@ -196,9 +201,15 @@ class Lifeline:
     Args:
         end: The worker's end of the socket pair.
         recalled: Descriptor of a pipe on which the parent asks for what was not begun.
+
+    Attributes:
+        number: Of the call that runs.
+        is_recalled: The parent has asked for what was not begun, since that call began.
     """
 
     def __init__(self, end: socket.socket, recalled: int) -> None:
+        self.number = 0
+        self.is_recalled = False
         self._end = end
         self._recalled = recalled
         self._writing = threading.RLock()  # guards the two below
@@ -235,6 +246,14 @@ class Lifeline:
             finally:
                 self._is_writing = False
 
+    def tell(self, value: object) -> None:
+        """Send what the task that runs says before it ends.
+
+        Raises:
+            OSError: The parent is gone, or this is a process that a task has forked.
+        """
+        self.send(Kind.TOLD, self.number, dump(value))
+
     def report(self, generation: int) -> None:
         """Tell the parent that a server refused this generation; what a task has forked cannot, and only waits."""
         with contextlib.suppress(OSError):
@@ -265,6 +284,7 @@ class Lifeline:
         ears.register(self._recalled, select.POLLIN)
         while ears.poll() == [(self._recalled, select.POLLIN)]:
             os.read(self._recalled, 64)
+            self.is_recalled = True
             self._give_back()
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
@@ -328,13 +348,14 @@ def work(
     # What a task forks must not keep the lifeline open: the parent would not see this worker's end.
     os.register_at_fork(after_in_child=lifeline.let_go)
     threading.Thread(target=lifeline.watch, name="shpool-watch", daemon=True).start()
-    try:
-        max_memory = _initialise(lifeline, board, setup, gate)
-    except BaseException as exc:  # noqa: BLE001 - border: the initializer is the user's
-        lifeline.send(Kind.UNFIT, payload=dump_error(exc))
-        return
-    lifeline.send(Kind.READY, os.getpid())
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the parent has gone
+        try:
+            max_memory = _initialise(lifeline, board, setup, gate)
+        except BaseException as exc:  # noqa: BLE001 - border: the initializer is the user's
+            lifeline.send(Kind.UNFIT, payload=dump_error(exc))
+            return
+        lifeline.send(Kind.READY, os.getpid())
+        take_line(lifeline)
         serve(lifeline, max_memory)
 
 
@@ -370,14 +391,9 @@ def serve(lifeline: Lifeline, max_memory: int | None = None) -> None:
     functions: dict[bytes, bytes | Callable[..., Any]] = {}
     next_look = 0.0
     for message in lifeline.messages():
-        if message.kind == Kind.FUNCTION:
-            functions[message.key] = bytes(message.payload)
-        elif message.kind == Kind.FORGET:
-            functions.clear()
-        elif message.kind == Kind.STOP:
-            return
-        else:
+        if message.kind in _CALLS:
             begun = time.perf_counter()
+            lifeline.number, lifeline.is_recalled = message.number, False
             done, payload, begun = _run(functions, message, lifeline, begun)
             kind = Kind.RESULT if done else Kind.ERROR
             unanswered.give_back()
@@ -388,6 +404,12 @@ def serve(lifeline: Lifeline, max_memory: int | None = None) -> None:
                 if (held := resident_memory()) > max_memory:
                     lifeline.send(Kind.GREW, held)
                     max_memory = None  # said once; the parent sends nothing new from then on
+        elif message.kind == Kind.FUNCTION:
+            functions[message.key] = bytes(message.payload)
+        elif message.kind == Kind.FORGET:
+            functions.pop(message.key, None)
+        elif message.kind == Kind.STOP:
+            return
 
 
 def resident_memory() -> int:
@@ -408,7 +430,11 @@ def _run(
     try:
         fn = functions[message.key]
         if isinstance(fn, bytes):
-            fn = functions[message.key] = load(fn)
+            fn = load(pickled := fn)
+            if may_be_kept(message.key, fn, pickled):
+                functions[message.key] = fn
+            if message.kind != Kind.CALL:
+                begun = time.perf_counter()  # once for all of a map: no measure of the size that batches should have
     except BaseException as exc:  # noqa: BLE001 - border: unpickling imports the user's modules
         return False, unreadable("function", exc), begun
     try:
@@ -448,7 +474,7 @@ def unreadable(what: str, error: BaseException) -> bytes:
     return dump_error(UnpicklableError(what, "what the parent sent", reason).with_traceback(error.__traceback__))
 
 
-def dump_setup(setup: object) -> bytes:
+def dump_setup(setup: WorkerSetup) -> bytes:
     """Pickle a ``WorkerSetup``.
 
     Raises:
@@ -457,4 +483,7 @@ def dump_setup(setup: object) -> bytes:
     try:
         return dump(setup)
     except Exception as exc:
-        raise UnpicklableError("initializer", repr(setup)[:200], f"{type(exc).__name__}: {exc}") from exc  # noqa: EM101 - a field, no message
+        reason = f"{type(exc).__name__}: {exc}"
+        if isinstance(exc, RuntimeError):  # of multiprocessing's queues and locks
+            reason += "; those of a multiprocessing.Manager() can travel"
+        raise UnpicklableError("initializer", shortened(setup.initializer), reason) from exc  # noqa: EM101 - a field, no message

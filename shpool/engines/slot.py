@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TYPE_CHECKING, Any
+
+from shpool.waiting import wait_in_glances
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +32,17 @@ class Slot(Future[Any]):
 
     The setter stores the outcome and then looks for a waiting reader; the reader leaves a lock and then looks for the
     outcome. Whichever comes second sees what the other has done.
+
+    Attributes:
+        is_abandoned: Nobody will look at its end.
+        size: Bytes of the arguments that wait for another attempt; 0 while there was only one.
+        received: Bytes of the pickled result; 0 while there is none, and for a batch.
     """
+
+    is_abandoned = False
+    size = 0
+    received = 0
+    _is_watched = False
 
     def __init__(self) -> None:  # the condition of the base class is what is spared
         self._stage = _PENDING
@@ -46,6 +59,18 @@ class Slot(Future[Any]):
         if self._stage == _CANCELLED:
             self._wake()
         return self._stage == _CANCELLED
+
+    def abandon(self) -> None:
+        """Cancel it, or have it know that it is worth no other attempt; the engine is to be told after that."""
+        self.is_abandoned = True
+        self.cancel()
+
+    def put_off(self, size: int) -> None:
+        """Note that it waits for another attempt, for which so many bytes are kept."""
+        self.size = size
+        callback = self._callback
+        if self._is_watched and callback is not None:
+            callback(self)
 
     def cancelled(self) -> bool:
         """Tell whether it was cancelled."""
@@ -102,11 +127,23 @@ class Slot(Future[Any]):
         if self._stage >= _CANCELLED:
             self._call_back()
 
+    def watch(self, fn: Callable[[Future[Any]], object]) -> None:
+        """Call ``fn`` at the end and each time that it is put off, at least once for all that came before this call.
+
+        In the engine's thread, which may hold its lock: ``fn`` must not wait, nor submit.
+        """
+        self._is_watched = True
+        self._callback = fn
+        if self._stage >= _CANCELLED:
+            self._call_back()
+        elif self.size:
+            fn(self)
+
     def _wait(self, timeout: float | None) -> None:
         reader = threading.Lock()
         reader.acquire()
         self._reader = reader
-        if self._stage < _CANCELLED and not reader.acquire(timeout=-1 if timeout is None else timeout):
+        if self._stage < _CANCELLED and not wait_in_glances(functools.partial(reader.acquire, True), timeout):
             raise FutureTimeoutError
 
     def _wake(self) -> None:
@@ -119,3 +156,8 @@ class Slot(Future[Any]):
         callback, self._callback = self._callback, None
         if callback is not None:
             callback(self)
+
+
+def is_abandoned(future: Future[Any]) -> bool:
+    """Tell whether nobody will look at a future's end."""
+    return isinstance(future, Slot) and future.is_abandoned

@@ -471,6 +471,19 @@ class Gate:
         paused = f", paused for {now.paused_for:.1f} s" if now.paused_for else ""
         return f"<Gate{name} {self._limits}{learned}{paused}>"
 
+    def held_anew(self) -> Gate:
+        """Return a gate of its own over the same memory; closing either leaves the other as it is.
+
+        Raises:
+            ValueError: This one is closed.
+        """
+        self._segment.check_open()
+        segment = Segment(own_descriptor(self._segment.descriptor), self._segment.name)
+        segment.be_present()
+        other = Gate._attached(segment)
+        other.retry_after_unit = self.retry_after_unit
+        return other
+
     def handle(self) -> GateHandle:
         """Return what a worker joins with; it pickles only while a process is being spawned."""
         return GateHandle(self._segment.descriptor)
@@ -481,7 +494,7 @@ class Gate:
         return self._segment.is_closed
 
     def close(self) -> None:
-        """Let go of it; other processes go on. Harmless when repeated."""
+        """Let go of it; other processes go on, and so do pools that were given it. Harmless when repeated."""
         self._end()
 
     def _start_anew(self) -> None:
@@ -495,10 +508,6 @@ class GateHandle:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-
-    def keep_from_others(self) -> None:
-        """Undo what spawning did to the descriptor: no other child process shall inherit it."""
-        os.set_inheritable(self._descriptor, False)
 
     def __reduce__(self) -> tuple[Callable[..., Gate], tuple[object, ...]]:
         from multiprocessing.reduction import DupFd  # here: the login need not wait for it

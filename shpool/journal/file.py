@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from shpool.errors import JournalError, JournalFullError, JournalMismatchError, JournalNotFoundError, NotAJournalError
+from shpool.journal.purpose import check_purpose, note_purpose
 from shpool.journal.rows import SCHEMA
 
 if TYPE_CHECKING:
@@ -35,20 +36,32 @@ def resolved(path: Path | str) -> Path:
 
 def check_place(path: Path) -> None:
     """Refuse, before anything is made, what can hold no journal."""
-    if not path.parent.is_dir():
-        raise JournalError(str(path), f"there is no folder {path.parent}", "create it, or give another --journal")
-    if path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if path.parent.is_dir():
+            return
+        reason = f"there is no folder {path.parent}"
+        raise JournalError(str(path), reason, "create it, or give another --journal") from None
+    except OSError as exc:  # a folder that may not be entered, a name that is too long, links in a circle
+        reason = f"it cannot be reached: {exc.strerror}"
+        raise JournalError(str(path), reason, "give another --journal, that you may read and write") from None
+    if stat.S_ISDIR(mode):
         raise JournalError(str(path), "it is a folder", "give the name of a file as --journal")
-    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+    if not stat.S_ISREG(mode):
         raise NotAJournalError(str(path), "it is no regular file")
 
 
-def open_for_writing(path: Path, target: str, *, fresh: bool) -> sqlite3.Connection:
+def open_for_writing(
+    path: Path, target: str, key_field: str | None, replaced: str, *, fresh: bool
+) -> sqlite3.Connection:
     """Open a journal, making it where there is none; the caller holds its lock.
 
     Args:
         path: The file, past ``resolved`` and ``check_place``.
         target: What the journal is for.
+        key_field: The field that names its jobs, if one does.
+        replaced: Noted in one that begins anew, see ``replaced_by``.
         fresh: Forget all that it holds.
 
     Raises:
@@ -56,21 +69,21 @@ def open_for_writing(path: Path, target: str, *, fresh: bool) -> sqlite3.Connect
     """
     _make_private(path)
     try:
-        return _opened(path, target, fresh=fresh)
+        return _opened(path, target, key_field, replaced, fresh=fresh)
     except JournalError as exc:
         if not (fresh and _is_damage(str(exc.__cause__)) and _looks_like_ours(path)):
             raise
     for damaged in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
         damaged.unlink(missing_ok=True)
     _make_private(path)
-    return _opened(path, target, fresh=fresh)
+    return _opened(path, target, key_field, replaced, fresh=fresh)
 
 
-def _opened(path: Path, target: str, *, fresh: bool) -> sqlite3.Connection:
+def _opened(path: Path, target: str, key_field: str | None, replaced: str, *, fresh: bool) -> sqlite3.Connection:
     connection = connect(path, "rw")
     try:
         with translated(path):
-            _prepare(connection, path, target, fresh=fresh)
+            _prepare(connection, path, target, key_field, replaced, fresh=fresh)
     except BaseException:
         connection.close()
         raise
@@ -114,16 +127,16 @@ def connect(path: Path, mode: str) -> sqlite3.Connection:
         )
 
 
-def _prepare(connection: sqlite3.Connection, path: Path, target: str, *, fresh: bool) -> None:
+def _prepare(  # noqa: PLR0913 - as ``open_for_writing``
+    connection: sqlite3.Connection, path: Path, target: str, key_field: str | None, replaced: str, *, fresh: bool
+) -> None:
     is_new = check_format(connection, path, fresh=fresh)
     _make_durable(connection, path)
     with transaction(connection):
         if is_new or fresh:
-            _make_tables(connection, target)
-            return
-        found = target_of(connection)
-        if found != target:
-            raise JournalMismatchError(str(path), "target", repr(found), repr(target))
+            _make_tables(connection, target, key_field, replaced)
+        else:
+            check_purpose(connection, path, target, key_field)
 
 
 def check_format(connection: sqlite3.Connection, path: Path, *, fresh: bool = False) -> bool:
@@ -141,11 +154,6 @@ def check_format(connection: sqlite3.Connection, path: Path, *, fresh: bool = Fa
     if application or version or _first(connection, "SELECT count(*) FROM sqlite_master"):
         raise NotAJournalError(str(path), "it is another SQLite database")
     return True
-
-
-def target_of(connection: sqlite3.Connection) -> str:
-    """Return what the journal was written for."""
-    return str(_first(connection, "SELECT value FROM meta WHERE name = 'target'"))
 
 
 def holds_jobs(connection: sqlite3.Connection) -> bool:
@@ -172,13 +180,13 @@ def _make_durable(connection: sqlite3.Connection, path: Path) -> None:
         connection.execute(f"PRAGMA {setting}")
 
 
-def _make_tables(connection: sqlite3.Connection, target: str) -> None:
+def _make_tables(connection: sqlite3.Connection, target: str, key_field: str | None, replaced: str) -> None:
     """Begin with empty tables, in one transaction: killed meanwhile, all is as before."""
     for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
         connection.execute(f'DROP TABLE "{name}"')
     for statement in SCHEMA:
         connection.execute(statement)
-    connection.execute("INSERT INTO meta VALUES ('target', ?)", (target,))
+    note_purpose(connection, target, key_field, replaced)
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
 

@@ -3,7 +3,8 @@
 The journal itself is not locked: SQLite's own locks on it are of the kind that a process loses when any of its
 descriptors of that file is closed, and on macOS they clash with ``flock``. So:
 
-1. The lock is an exclusive ``flock`` on ``<journal>.lock``; the file holds the pid of the run, for messages.
+1. The lock is an exclusive ``flock`` on ``<journal>.lock``; the file holds the pid of the run, for messages, and
+   after that some room, which is given back where a full disk has none for the last words of the run.
 2. Who ends cleanly removes the file while still holding the lock. Whoever got the lock on a file that no longer
    has its name has got nothing, and begins again.
 3. A killed run leaves the file and not the lock. A forked child gives its copy back: it must not hold the lock
@@ -24,6 +25,9 @@ from shpool.errors import JournalError, JournalInUseError
 # s to try for: those who look hold the lock for microseconds; and s between two tries.
 _PATIENCE = 0.3
 _PAUSE = 0.02
+
+# What SQLite may need to write one row: a few pages of its log, and 32 KiB of its index of them.
+_ROOM = 64 * 1024  # bytes
 
 _held: set[int] = set()  # descriptors of this process's locks, for forked children
 
@@ -49,7 +53,8 @@ class RunLock:
         os.ftruncate(descriptor, 0)
         # A full disk spoils the pid, which only serves messages; the journal's own writes will tell.
         with suppress(OSError):
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            size = os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            os.pwrite(descriptor, bytes(_ROOM), size)
         self._descriptor = descriptor
         _held.add(descriptor)
 
@@ -68,6 +73,11 @@ class RunLock:
             pass
         os.close(descriptor)
         return None
+
+    def give_room(self) -> None:
+        """Give the disk back what was kept for the last words; the file's name and the lock stay."""
+        if self._descriptor in _held:
+            os.ftruncate(self._descriptor, 0)
 
     def release(self) -> None:
         """Remove the lock file and let go; harmless when done before, and in a forked child."""
@@ -100,7 +110,8 @@ def _lock_file(journal: Path) -> Path:
 
 def _pid_in(path: Path) -> int:
     try:
-        return int(path.read_text())
+        with path.open() as file:
+            return int(file.readline())
     except (OSError, ValueError):
         return 0
 

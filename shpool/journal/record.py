@@ -16,7 +16,7 @@ import time
 from array import array
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from shpool.errors import JournalError, JournalFullError
 from shpool.journal.file import resolved
@@ -35,15 +35,16 @@ if TYPE_CHECKING:
 
     from shpool.jobs import Job, JobResult
 
+    _ErrorColumns = tuple[str | None, str | None, str | None, str | None]
+
 __all__ = ["Claim", "Ended", "JobRecord", "Journal", "RunRecord"]
 
-_NO_ERROR = (None, None, None, None)
+_NO_ERROR: _ErrorColumns = (None, None, None, None)
 
 Verdict = Literal["run", "done", "duplicate", "skip"]
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     """What to do with a job of the input.
 
     Attributes:
@@ -58,8 +59,7 @@ class Claim:
     record: JobRecord | None = None
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(NamedTuple):
     """A job whose end is durable.
 
     Attributes:
@@ -77,6 +77,7 @@ class _Flight:
 
     indexes: array[int]
     arguments: str
+    starts: int  # by runs, this one included
     begun: float
     worker: int | None = None
     is_noted: bool = False  # its beginning was given to the writer
@@ -90,7 +91,10 @@ class Journal:
     Args:
         path: The file; made when missing, readable for this user only.
         target: Text that names the function, as in ``job_key``; another one in the file is refused.
+        key_field: The field that names the jobs, as for ``make_jobs``; another one in the file is refused as well.
         fresh: Forget all that the file holds, of whatever target and format.
+        replaced: What the caller will replace before the first job begins, as the file begins anew: until then
+            ``JournalView.replaced`` has it, also where this run is killed meanwhile.
         command: What to call this run in the file.
         on_durable: Called with jobs whose end is durable, in the order they ended, in the writing thread; it must not
             call the journal. What it raises ends the run as an error of the writing does.
@@ -105,7 +109,9 @@ class Journal:
         path: Path | str,
         target: str,
         *,
+        key_field: str | None = None,
         fresh: bool = False,
+        replaced: str = "",
         command: str = "",
         on_durable: Callable[[list[Ended]], None] | None = None,
         clock: Callable[[], float] = time.time,
@@ -114,7 +120,8 @@ class Journal:
         self._on_durable = on_durable
         self._clock = clock
         self._is_open = True
-        self._file = RunFile(self.path, storable(target), fresh=fresh)
+        field = None if key_field is None else storable(key_field)
+        self._file = RunFile(self.path, storable(target), field, fresh=fresh, replaced=replaced)
         # Only of a journal without jobs: reading in a million keys would take longer than looking them up.
         self._keys = None if self._file.holds_jobs else KeyFilter()
         self._run = self._file.enter(os.getpid(), storable(command), clock())
@@ -156,7 +163,8 @@ class Journal:
                 return Claim("skip", record)
             if self._keys is not None:
                 self._keys.add(key)
-            self._in_flight[key] = _Flight(array("q", [job.index]), arguments_of(job), self._clock())
+            starts = 1 + (0 if record is None else record.starts)
+            self._in_flight[key] = _Flight(array("q", [job.index]), arguments_of(job), starts, self._clock())
             return Claim("run", record)
 
     def begin(self, job: Job, worker: int | None = None) -> None:
@@ -177,10 +185,9 @@ class Journal:
             if not flight.is_noted:
                 flight.begun = self._clock()
             flight.worker = worker
-            starts = self._starts(flight, key)
             flight.is_noted = True
-            times = (flight.begun, None, None)
-            row = (key, self._run.id, "running", starts, 0, worker, *times, *_NO_ERROR, flight.arguments, None)
+            ran = (flight.starts, 0, worker, flight.begun, None, None)
+            row = JobRecord(key, self._run.id, "running", *ran, *_NO_ERROR, flight.arguments, None)
             self._writer.add_begun(key, row, len(flight.arguments))
 
     def end(self, result: JobResult, text: str | None = None, *, place: str = "", worker: int | None = None) -> None:
@@ -198,17 +205,17 @@ class Journal:
         """
         key = storable(result.key)
         text = None if text is None else storable(text)
-        error = _NO_ERROR if result.error is None else error_columns(result.error, place)
+        error: _ErrorColumns = _NO_ERROR if result.error is None else error_columns(result.error, place)
         with self._writer.lock:
             self._writer.wait_for_room()  # before anything changes: an interruption here loses nothing
             flight = self._flight_of(key)
-            ran = (self._starts(flight, key), result.attempts, worker or flight.worker)
             now = self._clock()
             # One that was over before anybody saw it run has waited since its claim for a worker, maybe.
             begun = flight.begun if flight.is_noted else max(flight.begun, now - result.seconds)
-            times = (begun, now, result.seconds)
-            row = (key, self._run.id, result.status, *ran, *times, *error, flight.arguments, text)
+            ran = (flight.starts, result.attempts, worker or flight.worker, begun, now, result.seconds)
+            row = JobRecord(key, self._run.id, result.status, *ran, *error, flight.arguments, text)
             self._unsaved[key] = self._in_flight.pop(key)
+            self._writer.take_back(key)
             self._writer.add_ended(row, len(flight.arguments) + len(text or "") + len(error[-1] or ""))
 
     def _flight_of(self, key: str) -> _Flight:
@@ -217,10 +224,6 @@ class Journal:
         except KeyError:
             msg = f"job {key} is not running; claim each job once, and end it once"
             raise ValueError(msg) from None
-
-    def _starts(self, flight: _Flight, key: str) -> int:
-        """Return what the next row of a job adds to its count of starts: 1, or 0 where a row before it has done so."""
-        return int(self._writer.take_back(key) or not flight.is_noted)
 
     def note(  # noqa: PLR0913 - facts of one row
         self,
@@ -286,31 +289,36 @@ class Journal:
         self._writer.raise_untold()
 
     def _write_end(self, failure: Exception | None) -> None:
-        """Note that the run has ended, also where its rows found no space: one page more was there, or is by now."""
+        """Note that the run has ended, also where its rows found no space."""
         run = replace(self._run, updated=self._clock(), ended=self._clock())
         if not isinstance(failure, JournalError):
-            self._file.write(Batch(), run)
+            self._file.write_end(run)
         elif isinstance(failure, JournalFullError):
             with suppress(JournalError):
-                self._file.write(Batch(), replace(run, reason=failure.reason))
+                self._file.write_end(replace(run, reason=failure.reason))
 
     def _save(self, batch: Batch) -> None:
         """Write a batch and return once it is durable; in the writer's thread."""
-        done = sum(status == "done" for _, _, status, *_ in batch.ended)
+        done = sum(row.status == "done" for row in batch.ended)
         with self._writer.lock:
             run = self._run
-        counts = {"done": run.done + done, "failed": run.failed + len(batch.ended) - done, "updated": self._clock()}
-        self._file.write(batch, replace(run, **counts))
+        failed, now = len(batch.ended) - done, self._clock()
+        try:
+            self._file.write(batch, replace(run, done=run.done + done, failed=run.failed + failed, updated=now))
+        except JournalFullError:
+            if batch.begun or batch.ended:
+                raise
+            return  # facts of the run alone come again: with the next rows, or at the end, for which room is kept
         with self._writer.lock:
-            self._run = replace(self._run, **counts)
+            self._run = replace(self._run, done=run.done + done, failed=run.failed + failed, updated=now)
 
     def _tell(self, batch: Batch) -> None:
         """Say what is durable now; in the writer's thread."""
         with self._writer.lock:
-            flights = [self._unsaved.pop(key) for key, *_ in batch.ended]
+            flights = [self._unsaved.pop(row.key) for row in batch.ended]
         if flights and self._on_durable is not None:
             ended = zip(flights, batch.ended, strict=True)
-            self._on_durable([Ended(tuple(flight.indexes), JobRecord(*row)) for flight, row in ended])
+            self._on_durable([Ended(tuple(flight.indexes), row) for flight, row in ended])
 
     def __enter__(self) -> Self:
         return self

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import astuple, dataclass, fields
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Sequence
 
 JobStatus = Literal["running", "done", "failed"]
-JobRow = tuple[Any, ...]  # the fields of a JobRecord, in their order; a tuple is made in a tenth of the time
 
 
-@dataclass(frozen=True)
-class JobRecord:
-    """What a journal knows of one job.
+class JobRecord(NamedTuple):
+    """What a journal knows of one job, and a row of its table: a tuple is made in a tenth of a frozen dataclass's time.
 
     Attributes:
         key: Names the job by its content.
@@ -97,6 +96,19 @@ class RunRecord:
     reason: str | None = None
 
     @property
+    def words(self) -> list[str]:
+        """The words of its command; none where no shell would take it: a program may call its run anything."""
+        try:
+            return shlex.split(self.command)
+        except ValueError:
+            return []
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all its jobs came to a good end."""
+        return self.ended is not None and self.reason is None and not self.failed
+
+    @property
     def rate(self) -> float:
         """Jobs ended per second, up to the last writing."""
         seconds = self.updated - self.begun
@@ -118,14 +130,14 @@ SCHEMA = (
         seconds REAL, error_type TEXT, error TEXT, place TEXT, traceback TEXT, arguments TEXT NOT NULL, result TEXT)""",
 )
 
-JOB_COLUMNS = ", ".join(field.name for field in fields(JobRecord))
+JOB_COLUMNS = ", ".join(JobRecord._fields)
 RUN_COLUMNS = ", ".join(field.name for field in fields(RunRecord))
 
 SELECT_JOB = f"SELECT {JOB_COLUMNS} FROM jobs WHERE key = ?"  # noqa: S608 - names of columns, from above
 
 # A job that failed before and runs again keeps its error until it ends: were this run killed, it has still failed.
-_OF_BEGUN = ("run", "status", "attempts", "worker", "begun", "ended", "seconds")
-_OF_ENDED = tuple(field.name for field in fields(JobRecord) if field.name not in {"key", "starts"})
+_OF_BEGUN = ("run", "status", "starts", "attempts", "worker", "begun", "ended", "seconds")
+_OF_ENDED = tuple(name for name in JobRecord._fields if name != "key")
 
 # Rows that one statement writes. SQLite's module takes Python's interpreter lock again after every statement, for
 # which it waits up to 5 ms where another thread computes; a statement per row would make the writer crawl.
@@ -133,11 +145,11 @@ _CHUNKS = (256, 16, 1)  # 256 rows of 15 columns are within the 32,766 parameter
 
 
 def _insert(rows: int, columns: tuple[str, ...]) -> str:
-    row = f"({', '.join('?' * len(fields(JobRecord)))})"
+    row = f"({', '.join('?' * len(JobRecord._fields))})"
     changes = ", ".join(f"{name} = excluded.{name}" for name in columns)
     return (
         f"INSERT INTO jobs ({JOB_COLUMNS}) VALUES {', '.join([row] * rows)} "  # noqa: S608 - as above
-        f"ON CONFLICT (key) DO UPDATE SET starts = starts + excluded.starts, {changes}"
+        f"ON CONFLICT (key) DO UPDATE SET {changes}"
     )
 
 
@@ -150,7 +162,7 @@ WRITE_RUN = (
 )
 
 
-def write_jobs(connection: sqlite3.Connection, rows: Sequence[JobRow], *, ended: bool) -> None:
+def write_jobs(connection: sqlite3.Connection, rows: Sequence[JobRecord], *, ended: bool) -> None:
     """Write the rows of jobs that have begun, or of jobs that have ended, inside a transaction."""
     statements = _WRITE_ENDED if ended else _WRITE_BEGUN
     position = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
-from shpool.errors import JournalError
+from shpool.errors import JournalError, JournalFullError
 from shpool.journal.file import (
     check_place,
     close_journal,
@@ -17,11 +17,10 @@ from shpool.journal.file import (
 )
 from shpool.journal.lock import RunLock
 from shpool.journal.rows import SELECT_JOB, WRITE_RUN, JobRecord, RunRecord, run_row, write_jobs
+from shpool.journal.writer import Batch
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from shpool.journal.writer import Batch
 
 
 class RunFile:
@@ -31,12 +30,13 @@ class RunFile:
         holds_jobs: Whether there are jobs of earlier runs.
     """
 
-    def __init__(self, path: Path, target: str, *, fresh: bool) -> None:
+    def __init__(self, path: Path, target: str, key_field: str | None, *, fresh: bool, replaced: str = "") -> None:
         self._path = path
         check_place(path)
         with ExitStack() as held:
-            held.callback(RunLock(path).release)
-            self._connection = open_for_writing(path, target, fresh=fresh)
+            self._lock = RunLock(path)
+            held.callback(self._lock.release)
+            self._connection = open_for_writing(path, target, key_field, replaced, fresh=fresh)
             held.callback(close_journal, self._connection)
             with translated(path):
                 self.holds_jobs = holds_jobs(self._connection)
@@ -74,6 +74,14 @@ class RunFile:
                 reason = "it was removed or replaced during the run"
                 hint = "run the same command again: what it does not hold then runs once more"
                 raise JournalError(str(self._path), reason, hint)
+
+    def write_end(self, run: RunRecord) -> None:
+        """Write the last of a run; where the disk is full, into the room that was kept for this."""
+        try:
+            self.write(Batch(), run)
+        except JournalFullError:
+            self._lock.give_room()
+            self.write(Batch(), run)
 
     def _identities(self) -> list[tuple[int, int]]:
         """Return what tells the files that are written to from others of their names; SQLite does not look."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import traceback
 from typing import TYPE_CHECKING
+
+from shpool.errortexts import text_of, traceback_of
 
 if TYPE_CHECKING:
     from shpool.jobs import Job
@@ -19,15 +20,20 @@ def arguments_of(job: Job) -> str:
     """Return a job's arguments as JSON text; what has no JSON form is shown."""
     try:
         return _encode([job.args, dict(job.kwargs)])
-    except (TypeError, ValueError, RecursionError):  # keys that are no text, or a circle
-        return _encode([[repr(arg) for arg in job.args], {name: repr(value) for name, value in job.kwargs.items()}])
+    except Exception:  # noqa: BLE001 - keys that are no text, a circle, or what a repr raises: that is anybody's code
+        return _encode([[_shown(arg) for arg in job.args], {name: _shown(value) for name, value in job.kwargs.items()}])
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except Exception:  # noqa: BLE001 - as above
+        return f"<{type(value).__name__}>"
 
 
 def error_columns(error: BaseException, place: str) -> tuple[str, str, str, str]:
     """Return type, text, place and traceback."""
-    told = traceback.TracebackException.from_exception(error)  # knows errors whose text raises an error
-    text, lines = storable(str(told)), storable("".join(told.format()))
-    name = storable(type(error).__qualname__)
+    name, text, lines = storable(type(error).__qualname__), storable(text_of(error)), storable(traceback_of(error))
     return name, _shortened(text, _LONGEST_ERROR), storable(place), _shortened(lines, _LONGEST_TRACEBACK)
 
 

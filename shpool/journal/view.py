@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from shpool.errorkinds import MOST_KINDS, OTHERS, kind_of_error
-from shpool.journal.file import open_for_reading, resolved, target_of, transaction, translated
+from shpool.journal.file import open_for_reading, resolved, transaction, translated
 from shpool.journal.lock import live_pid
+from shpool.journal.purpose import check_purpose, replaced_by, target_of
 from shpool.journal.rows import JOB_COLUMNS, RUN_COLUMNS, SELECT_JOB, JobRecord, JobStatus, RunRecord
 from shpool.journal.texts import storable
 
@@ -148,9 +149,23 @@ class JournalView:
         with self._reading() as connection:
             self.target = target_of(connection)
 
+    def check_purpose(self, target: str, key_field: str | None = None) -> None:
+        """Refuse it as a run would that records this target's jobs, named by this field.
+
+        Raises:
+            JournalMismatchError: It was written for something else.
+        """
+        with self._reading() as connection:
+            check_purpose(connection, self.path, storable(target), None if key_field is None else storable(key_field))
+
     def live_pid(self) -> int | None:
         """Return the process that runs with the journal now, 0 when it did not tell; None when there is none."""
         return live_pid(self.path)
+
+    def replaced(self) -> str:
+        """Return what the run that emptied the journal was to replace and may not have; empty once a job has begun."""
+        with self._reading() as connection:
+            return replaced_by(connection)
 
     def summary(self, slowest: int = 5) -> JournalSummary:
         """Return all that the journal comes to, as of this moment.
@@ -160,13 +175,18 @@ class JournalView:
         """
         pid = self.live_pid()  # before the rows: jobs of a run that ends meanwhile have an end in them
         with self._reading() as connection:
-            runs = tuple(RunRecord(*row) for row in connection.execute(f"SELECT {RUN_COLUMNS} FROM runs ORDER BY id"))  # noqa: S608 - names of columns
+            runs = _runs(connection)
             live = 0 if pid is None or not runs else runs[-1].id
             counts_and_times = _counts_and_times(connection, live)
             by_time = "seconds IS NOT NULL ORDER BY seconds DESC, id LIMIT ?"
             slow = tuple(_records(connection, by_time, slowest))
             errors = _kinds_of_errors(connection)
             return JournalSummary(target_of(connection), pid, runs, *counts_and_times, slow, errors)
+
+    def runs(self) -> tuple[RunRecord, ...]:
+        """Return all runs, in their order; the last one is the live one, if any is."""
+        with self._reading() as connection:
+            return _runs(connection)
 
     def record(self, key: str) -> JobRecord | None:
         """Return what the journal knows of one job, None when nothing."""
@@ -211,6 +231,10 @@ class JournalView:
             transaction(connection, "DEFERRED"),
         ):
             yield connection
+
+
+def _runs(connection: sqlite3.Connection) -> tuple[RunRecord, ...]:
+    return tuple(RunRecord(*row) for row in connection.execute(f"SELECT {RUN_COLUMNS} FROM runs ORDER BY id"))  # noqa: S608 - names of columns
 
 
 def _counts_and_times(

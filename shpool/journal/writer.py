@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shpool.journal.rows import JobRow
+    from shpool.journal.rows import JobRecord
 
 _COMMIT_SECONDS = 0.1  # s a row waits for others: ten waits for the disk a second are lost in any run's time
-_MANY_ENDS = 25  # in a batch: from 250 a second on they wait so long, ends that come one by one hardly at all
+_MANY_ENDS = 100  # in a batch: from 1,000 a second on they wait so long, ends that come one by one hardly at all
 _BATCH_ROWS = 2000  # rows that are written at once; more of them make a row no cheaper (run: 2,000 against 20,000)
 _BATCH_BYTES = 4 * 2**20  # of text in them, which bounds memory where results are large
 _BACKLOG = 2  # batches that may gather while one is being written; then whoever brings more waits for the disk
@@ -28,8 +28,8 @@ class Batch:
         weight: Characters of text in all of them.
     """
 
-    begun: dict[str, JobRow] = field(default_factory=dict)
-    ended: list[JobRow] = field(default_factory=list)
+    begun: dict[str, JobRecord] = field(default_factory=dict)
+    ended: list[JobRecord] = field(default_factory=list)
     weight: int = 0
 
     def is_beyond(self, batches: int) -> bool:
@@ -73,16 +73,16 @@ class BatchWriter:
             self._is_told = True
             raise self.failure
 
-    def add_begun(self, key: str, row: JobRow, weight: int) -> None:
+    def add_begun(self, key: str, row: JobRecord, weight: int) -> None:
         """Have it written that a job has begun."""
         self._gathering.begun[key] = row
         self._added(weight)
 
-    def take_back(self, key: str) -> bool:
-        """Forget that a job has begun, and tell whether that was not handed to the disk yet."""
-        return self._gathering.begun.pop(key, None) is not None
+    def take_back(self, key: str) -> None:
+        """Forget that a job has begun, where that is not written yet."""
+        self._gathering.begun.pop(key, None)
 
-    def add_ended(self, row: JobRow, weight: int) -> None:
+    def add_ended(self, row: JobRecord, weight: int) -> None:
         """Have it written that a job has ended."""
         self._gathering.ended.append(row)
         self._added(weight)

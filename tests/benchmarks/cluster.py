@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]  # not this folder's token.py
+    sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
 import argparse
 import os

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Instead of this folder, whose token.py would hide the standard library's: the checkout itself.
+    # What is imported from: tests/ and the checkout itself, instead of this folder.
     sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
 import argparse
@@ -143,6 +143,7 @@ class Site:
             credentials = {"SH_CLIENT_ID": server.client_id, "SH_CLIENT_SECRET": server.client_secret}
             paths = os.pathsep.join(str(Path(__file__).resolve().parents[2] / name) for name in (".", "cli"))
             env = {**os.environ, **credentials, "HOME": str(self.folder), "PYTHONPATH": paths}
+            env.pop("PYTHONDONTWRITEBYTECODE", None)  # else the checkout is compiled anew in each process
             command = self.command(peer, server, target)
             began = time.monotonic()
             done = subprocess.run(
@@ -164,8 +165,7 @@ def running_site() -> Iterator[Site]:
         port, tls_port = _free_port(), _free_port() if _has_certificate(folder) else None
         tls = TLS.format(port=tls_port, folder=folder) if tls_port else ""
         (folder / "nginx.conf").write_text(NGINX.format(folder=folder, port=port, tls=tls))
-        # Isolated, or token.py beside it would hide the standard library's.
-        relay = [sys.executable, "-I", str(Path(__file__).with_name("relay.py")), str(port), str(DELAY)]
+        relay = [sys.executable, str(Path(__file__).with_name("relay.py")), str(port), str(DELAY)]
         with (
             subprocess.Popen(["nginx", "-c", str(folder / "nginx.conf")], stderr=subprocess.DEVNULL) as nginx,
             subprocess.Popen(relay, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as relaying,

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Instead of this folder, whose token.py would hide the standard library's: the checkout itself.
+    # What is imported from: tests/ and the checkout itself, instead of this folder.
     sys.path[:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
 import multiprocessing

@@ -1,6 +1,6 @@
 """Stand between clients and a server, and let every byte take its time: latency where the kernel offers none.
 
-    python -I tests/benchmarks/relay.py SERVER_PORT SECONDS
+    python tests/benchmarks/relay.py SERVER_PORT SECONDS
 
 prints the port it listens on. What a client sends, and what it is sent, arrives so many seconds later; a connection is
 accepted at once, so a client's first answer takes two of these delays, not the four that a handshake would make it.

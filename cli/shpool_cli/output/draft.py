@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from shpool_cli.console import CommandError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class Draft:
@@ -27,7 +24,7 @@ class Draft:
     """
 
     def __init__(self, path: Path) -> None:
-        self.target = path.resolve()
+        self.target = Path(os.path.realpath(path))  # links in a circle are for whoever opens it
         self.path = _beside(self.target)
         self._replaced = -1
         self.descriptor = self._open(path)

@@ -26,12 +26,13 @@ def to_json(value: object) -> str:
     Raises:
         TypeError: Some part has no JSON form.
         ValueError: It contains itself.
+        Exception: What the code of a part raises: its ``tolist``, a property, a ``__repr__``.
 
     >>> to_json({"when": dt.date(2024, 5, 1), "mean": math.nan})
     '{"when": "2024-05-01", "mean": null}'
     """
     try:
-        return json.dumps(value, default=_plain, allow_nan=False)
+        return _encode(value)
     except ValueError:  # a NaN somewhere, or a circle, at which this dumps raises as well
         return json.dumps(_without_nan(json.loads(json.dumps(value, default=_plain))))
 
@@ -53,7 +54,20 @@ def _plain(value: object) -> object:  # noqa: PLR0911 - a table of types
         return sorted(value, key=repr)  # the same in every run
     tolist = getattr(value, "tolist", None)  # numpy's arrays and scalars, and their imitators
     if callable(tolist):
-        return _in_microseconds(value).tolist() if getattr(value, "dtype", None) is not None else tolist()
+        return _listed(value) if getattr(value, "dtype", None) is not None else tolist()
+    msg = f"{type(value).__name__} is not a JSON type"
+    raise TypeError(msg)
+
+
+_encode = json.JSONEncoder(default=_plain, allow_nan=False).encode  # json.dumps would make one for every result
+
+
+def _listed(value: Any) -> Any:  # noqa: ANN401 - numpy's, which may not be installed
+    listed = _in_microseconds(value).tolist()
+    if type(listed) is not type(value):
+        return listed
+    if value.dtype.kind == "f":  # longdouble, for which Python has no type of its own
+        return float(value)
     msg = f"{type(value).__name__} is not a JSON type"
     raise TypeError(msg)
 

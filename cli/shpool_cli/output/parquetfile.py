@@ -37,13 +37,7 @@ class ParquetSink:
     """
 
     def __init__(self, path: Path, *, replace: bool) -> None:
-        try:
-            import pyarrow as pa
-            from pyarrow import parquet
-        except ImportError:
-            msg = f"{path}: Parquet needs pyarrow, which is not installed"
-            hint = "pip install 'shpool[parquet]', or choose an --output that ends in .jsonl or .csv"
-            raise CommandError(msg, hint) from None
+        pa, parquet = load_pyarrow(path)
         self.name = str(path)
         if not replace:
             refuse_content(path)
@@ -72,7 +66,9 @@ class ParquetSink:
                 self._write()
 
     def settle(self) -> None:
-        """Note that all from before is in; readers see it at the end."""
+        """Note that all from before is in; readers see it at the end. If that is nothing, the old file goes at once."""
+        if self._replace and self._is_empty and not self._rows:  # else a killed run left what its journal does not know
+            self._draft.target.unlink(missing_ok=True)
         self._is_settled = True
 
     def finish(self, *, failed: bool) -> None:
@@ -101,6 +97,22 @@ class ParquetSink:
         if rows:
             self._writer.write_table(self._table.from_pydict(_columns(rows), schema=self._schema))
             self._is_empty = False
+
+
+def load_pyarrow(path: Path) -> tuple[Any, Any]:
+    """Return pyarrow and its module for Parquet.
+
+    Raises:
+        CommandError: pyarrow is missing.
+    """
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError:
+        msg = f"{path}: Parquet needs pyarrow, which is not installed"
+        hint = "pip install 'shpool[parquet]', or choose an --output that ends in .jsonl or .csv"
+        raise CommandError(msg, hint) from None
+    return pa, parquet
 
 
 def _schema(pa: Any) -> Any:  # noqa: ANN401 - pyarrow ships no types

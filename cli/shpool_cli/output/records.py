@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from shpool.errors import ShellJobError
+from shpool.errortexts import text_of
 from shpool.timedcall import place_of
 from shpool_cli.output.jsonform import to_json
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from shpool.jobs import JobResult
     from shpool.journal import JobRecord
 
+_OWN_WORDS = (TypeError, ValueError)  # which to_json raises itself: what they are adds nothing to what they say
 COLUMNS = ("index", "key", "status", "result", "error", "attempts", "seconds")
 
 
@@ -51,14 +53,15 @@ def recorded(result: JobResult) -> tuple[JobResult, Record]:
     if result.error is None:
         try:
             text = to_json(result.result)
-        except (TypeError, ValueError, RecursionError) as exc:
-            reason = TypeError(f"the result of job {result.key} has no JSON form: {exc}; return plain values")
+        except Exception as exc:  # noqa: BLE001 - border: a result's own code runs, such as a tolist
+            words = text_of(exc) if type(exc) in _OWN_WORDS else f"{type(exc).__name__}: {text_of(exc)}"
+            reason = TypeError(f"the result of job {result.key} has no JSON form: {words}; return plain values")
             result = dataclasses.replace(result, status="failed", result=None, error=reason)
     error = None
     if result.error is not None:
         if isinstance(result.error, ShellJobError):
             text = to_json(result.error.output)
-        error = _in_words(type(result.error).__name__, str(result.error), place_of(result.error))
+        error = _in_words(type(result.error).__name__, text_of(result.error), place_of(result.error))
     seconds = round(result.seconds, 6)
     return result, Record(result.index, result.key, result.status, text, error, result.attempts, seconds)
 

@@ -1,6 +1,6 @@
 """What reading the token costs in a worker, beside what it is made of and what others need for it.
 
-    python tests/benchmarks/token.py
+    python tests/benchmarks/reads.py
 
 Nanoseconds a read, the best of several rounds. sentinelhub's own collect is measured too where it is installed.
 """
@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Instead of this folder, in which this very file would hide the standard library's ``token``.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    # What is imported from: the checkout itself, instead of this folder.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import importlib
 import os
@@ -24,7 +24,7 @@ from shpool import SessionSharing, SharedSession, collect_shared_session, curren
 from shpool.shared import adopt_session
 
 _ROUNDS = 40  # short ones: on a busy machine some of them run undisturbed
-_BUDGET = 200.0  # ns: DESIGN's budget for a steady-state read
+_BUDGET = 200.0  # ns a steady-state read may take
 _FASTER = 300.0  # times: the goal against sentinelhub's collect
 # As long as a Sentinel Hub token, about 1,200 characters.
 _TOKEN = {"access_token": "invented." + "x" * 1200, "token_type": "Bearer", "expires_in": 3600}
