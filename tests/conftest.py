@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import ipaddress
 import itertools
 import os
 import re
+import socket
 import struct
 import threading
 import time
@@ -126,13 +126,23 @@ def _descriptors_to_clusters() -> Iterator[str]:
     everybodys = psutil.net_connections("tcp")
     ports = lasting_ports | {each.laddr.port for each in everybodys if each.laddr and _is_of_cluster(each.pid)}
     for each in psutil.Process().net_connections("tcp"):
-        # Ray speaks by the machine's own address, also with processes that have ended; all of ours is on loopback.
-        if each.raddr and (each.raddr.port in ports or not _is_loopback(each.raddr.ip)):
+        if each.raddr and each.raddr.port in ports:
             yield _target(_DESCRIPTORS / str(each.fd))
+    for descriptor in _DESCRIPTORS.iterdir():
+        if (target := _target(descriptor)).startswith("socket:") and _is_of_grpc(int(descriptor.name)):
+            yield target
 
 
-def _is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address.removeprefix("::ffff:")).is_loopback
+def _is_of_grpc(descriptor: int) -> bool:
+    """Tell whether this is a TCP socket as Ray's gRPC makes them, for both families at once; all of ours are for IPv4.
+
+    The other end may have ended, and then the connection is listed nowhere: only the socket itself tells.
+    """
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as duplicate:
+            return duplicate.family is socket.AF_INET6
+    except OSError:  # closed since it was listed
+        return False
 
 
 def _describe_connections() -> str:
