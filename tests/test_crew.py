@@ -55,7 +55,7 @@ from pool_tasks import (
 from shpool.engines.base import Task
 from shpool.engines.crew import Crew
 from shpool.engines.member import Member
-from shpool.engines.serve import RECEIVE_SIZE, Kind, encode
+from shpool.engines.messages import RECEIVE_SIZE, Kind, encode
 from shpool.engines.setup import WorkerSetup
 from shpool.errors import (
     InitializerError,
@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from shpool.engines.birth import WorkerProcess
-    from shpool.engines.serve import Message
+    from shpool.engines.messages import Message
 
 pytestmark = pytest.mark.slow  # worker processes take a quarter of a second to start
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from shpool.engines.dask_places import DEPTH, STUCK_AFTER, Member, Placed, Places
+from shpool.engines.messages import Kind
 from shpool.engines.sealed import Call
-from shpool.engines.serve import Kind
 
 
 def places_of(*members: Member) -> Places:

@@ -15,11 +15,11 @@ from patience import PATIENCE, in_time, until
 from pool_tasks import begin_and_wait
 
 from shpool.board import CLOSED
+from shpool.engines.messages import Kind
 from shpool.engines.outpost import Outpost, close_outpost, note_home, open_outpost, outpost_of
-from shpool.engines.packing import pack_function
+from shpool.engines.packing import dump_setup, pack_function
 from shpool.engines.parcels import Parcel, TokenCell
 from shpool.engines.sealed import Answer, Call
-from shpool.engines.serve import Kind, dump_setup
 from shpool.engines.setup import WorkerSetup
 from shpool.errors import NoSessionError, TokenUnavailableError
 from shpool.shared import SharedSession, current_session

@@ -13,11 +13,11 @@ from pool_tasks import add, double, echo, fail
 
 from shpool.engines.base import BatchResult, Task
 from shpool.engines.cluster import Lost, Unbegun
+from shpool.engines.messages import Kind
 from shpool.engines.outpost import Outpost
 from shpool.engines.parcels import Parcel, TokenCell
 from shpool.engines.remote import RemoteEngine
 from shpool.engines.sealed import Answer
-from shpool.engines.serve import Kind
 from shpool.engines.slot import Slot
 from shpool.errors import (
     ClusterError,

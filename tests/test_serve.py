@@ -11,14 +11,13 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from patience import PATIENCE, until
-from pool_tasks import Unpicklable, add, double, fail, functions_held
+from patience import PATIENCE
+from pool_tasks import add, double, fail, functions_held
 
 from shpool.engines.keeping import key_of
-from shpool.engines.serve import HEADER, NO_KEY, Kind, Lifeline, Message, MessageBuffer, dump_setup, encode, serve
-from shpool.engines.setup import WorkerSetup
+from shpool.engines.lifeline import Lifeline
+from shpool.engines.messages import HEADER, Kind, Message, MessageBuffer, encode
+from shpool.engines.serve import serve
 from shpool.errors import UnpicklableError
 from shpool.worker import dump, load, load_error
 
@@ -27,23 +26,6 @@ if TYPE_CHECKING:
 
 KEY = key_of(b"one", serves_many=False)
 OTHER_KEY = key_of(b"another", serves_many=False)
-
-messages = st.lists(
-    st.builds(
-        Message,
-        st.sampled_from(list(Kind)),
-        st.integers(0, 2**64 - 1),
-        st.binary(min_size=16, max_size=16),
-        st.floats(0, 1e6),
-        st.binary(max_size=300),
-    ),
-    max_size=6,
-)
-
-
-def encoded(message: Message) -> bytes:
-    kind, number, key, seconds, payload = message
-    return encode(Kind(kind), number, bytes(payload), key=key, seconds=seconds)
 
 
 class Parent:
@@ -94,30 +76,6 @@ def parent() -> Iterator[Parent]:
     theirs.close()
     os.close(recalled)
     os.close(recall)
-
-
-@given(messages=messages, data=st.data())
-def test_messages_survive_any_cutting_of_the_stream(messages: list[Message], data: st.DataObject) -> None:
-    stream = b"".join(encoded(message) for message in messages)
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
-    buffer = MessageBuffer()
-    read: list[Message] = []
-    for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
-        read.extend(buffer.feed(stream[start:end]))
-    assert read == messages
-
-
-def test_byte_by_byte_gives_the_same_messages() -> None:
-    buffer = MessageBuffer()
-    stream = encode(Kind.RESULT, 1, b"abc", seconds=0.5) + encode(Kind.STOP)
-    read = [message for index in range(len(stream)) for message in buffer.feed(stream[index : index + 1])]
-    assert read == [Message(Kind.RESULT, 1, NO_KEY, 0.5, b"abc"), Message(Kind.STOP, 0, NO_KEY, 0.0, b"")]
-
-
-def test_an_unfinished_message_is_kept_back() -> None:
-    buffer = MessageBuffer()
-    assert list(buffer.feed(encode(Kind.RESULT, 1, b"abc")[:-1])) == []
-    assert [message.payload for message in buffer.feed(b"c")] == [b"abc"]
 
 
 def test_a_call_is_answered_with_its_number_and_time(parent: Parent) -> None:
@@ -210,40 +168,12 @@ def test_a_stream_that_ends_inside_a_message_ends_the_loop(parent: Parent, kept:
     parent.end.shutdown(socket.SHUT_WR)
 
 
-def test_what_is_given_back_is_told_before_anything_later_is_read() -> None:
-    """The parent takes answers in the order of its calls: a later one must not come before it knows that."""
-    ours, theirs = socket.socketpair()
-    recalled, recall = os.pipe()
-    lifeline = Lifeline(theirs, recalled)
-    try:
-        ours.sendall(encode(Kind.CALL, 1) + encode(Kind.BATCH, 2))
-        assert next(lifeline.messages()).number == 1
-        giving = threading.Thread(target=lifeline._give_back)
-        with lifeline._writing:  # as while a large result is being sent
-            giving.start()
-            until(lambda: not lifeline._arrived)
-            assert not lifeline._reading.acquire(timeout=0.1)
-        giving.join(PATIENCE)
-        assert lifeline._reading.acquire(blocking=False)
-        [told] = MessageBuffer().feed(ours.recv(4096))
-        assert told.kind == Kind.RETURNED
-        assert load(told.payload) == [2]
-    finally:
-        ours.close()
-        theirs.close()
-        os.close(recalled)
-        os.close(recall)
-
-
-def test_an_initializer_that_cannot_be_pickled_is_named() -> None:
-    with pytest.raises(UnpicklableError, match=r"initializer.*this value stays where it is"):
-        dump_setup(WorkerSetup(initializer=print, initargs=(Unpicklable(),)))
-
-
 ORPHAN = """
 import os, socket, sys
 from shpool.board import anonymous_board
-from shpool.engines.serve import Lifeline, dump_setup, work
+from shpool.engines.lifeline import Lifeline
+from shpool.engines.packing import dump_setup
+from shpool.engines.serve import work
 from shpool.engines.setup import WorkerSetup
 
 ours, theirs = socket.socketpair()

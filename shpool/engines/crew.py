@@ -21,7 +21,8 @@ from shpool.channels import BoardChannel
 from shpool.engines.dispatch import STUCK_AFTER
 from shpool.engines.launcher import Launcher, import_all
 from shpool.engines.looping import LoopingEngine
-from shpool.engines.serve import ANSWERS, Kind, dump_setup
+from shpool.engines.messages import ANSWERS, Kind
+from shpool.engines.packing import dump_setup
 from shpool.engines.setup import WorkerSetup
 from shpool.errors import TaskTerminatedError, TaskTimeoutError, WorkerLostError, WorkerStartError
 from shpool.importing import free_import_lock
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from shpool.channels import TokenChannel
-    from shpool.engines.member import Flight, Member, PackedFunction
-    from shpool.engines.serve import Message
+    from shpool.engines.flight import Flight, PackedFunction
+    from shpool.engines.member import Member
+    from shpool.engines.messages import Message
     from shpool.gate import Gate
 
 logger = logging.getLogger(__name__)

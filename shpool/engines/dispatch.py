@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from shpool.engines.base import Task
-    from shpool.engines.member import Flight, Member
+    from shpool.engines.flight import Flight
+    from shpool.engines.member import Member
 
 TINY = 0.002  # s; only while a function's calls are shorter does more than one travel to a worker at a time
 STUCK_AFTER = 0.02  # s; nothing waits behind a call that has run so long, whatever was measured before

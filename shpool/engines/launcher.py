@@ -10,14 +10,14 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from shpool.engines.member import Member
-from shpool.engines.serve import RECEIVE_SIZE
+from shpool.engines.messages import RECEIVE_SIZE
 from shpool.errors import WorkerStartError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from shpool.board import Board
+    from shpool.engines.member import Member
     from shpool.engines.setup import WorkerSetup
     from shpool.gate import Gate
 
@@ -30,7 +30,7 @@ _PAUSE = 1.0  # s after the system refused a process or a descriptor
 
 def import_all() -> None:
     """Import all that the launch of a worker takes, so that it waits for no other thread's import."""
-    import shpool.engines.birth  # noqa: F401
+    import shpool.engines.member  # noqa: F401
 
 
 class Launcher:
@@ -73,6 +73,8 @@ class Launcher:
         Raises:
             OSError: The system starts no more processes or opens no more descriptors; the next launch must wait.
         """
+        from shpool.engines.member import Member  # here: the login need not wait for it
+
         try:
             member = Member.launch(
                 self._board, self._setup, self._pickled_setup, self._blanked(), self._landing, self._gate

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from concurrent.futures import Future
 
-    from shpool.engines.member import Flight
+    from shpool.engines.flight import Flight
     from shpool.errors import TaskError
 
 # s of work to have at each worker beyond what it runs: a cluster takes milliseconds to bring the next call.

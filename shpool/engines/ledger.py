@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from shpool.engines.base import BatchResult, Tally
-from shpool.engines.serve import Kind
+from shpool.engines.messages import Kind
 from shpool.engines.slot import Slot, is_abandoned
 from shpool.errors import TaskError, TaskTerminatedError, UnpicklableError, WorkerLostError
 from shpool.retry import carry_attempts, summary_of
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from shpool.engines.dispatch import Dispatch
-    from shpool.engines.member import Flight
-    from shpool.engines.serve import Message
+    from shpool.engines.flight import Flight
+    from shpool.engines.messages import Message
 
 logger = logging.getLogger(__name__)
 

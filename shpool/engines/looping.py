@@ -14,8 +14,8 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from shpool.engines.dispatch import Dispatch
+from shpool.engines.flight import Flight
 from shpool.engines.ledger import Ledger
-from shpool.engines.member import Flight
 from shpool.engines.packing import pack_arguments, pack_function
 from shpool.errors import InitializerError, TaskTerminatedError, UnpicklableError
 from shpool.importing import signals_wait
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from shpool.channels import TokenChannel
     from shpool.engines.base import Tally, Task
-    from shpool.engines.member import PackedFunction
+    from shpool.engines.flight import PackedFunction
 
 logger = logging.getLogger(__name__)
 

@@ -11,20 +11,21 @@ import select
 import socket
 import threading
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from shpool.engines.birth import start_process
 from shpool.engines.keeping import KeptFunctions
-from shpool.engines.serve import LARGE, Kind, LifelineHandle, MessageBuffer, encode, encode_parts, work
+from shpool.engines.lifeline import LifelineHandle
+from shpool.engines.messages import LARGE, Kind, MessageBuffer, encode, encode_parts
+from shpool.engines.serve import work
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
-    from concurrent.futures import Future
 
     from shpool.board import Board
-    from shpool.engines.base import Task
     from shpool.engines.birth import WorkerProcess
-    from shpool.engines.serve import Message
+    from shpool.engines.flight import Flight
+    from shpool.engines.messages import Message
     from shpool.engines.setup import WorkerSetup
     from shpool.errors import TaskError
     from shpool.gate import Gate
@@ -33,38 +34,6 @@ _REAP_WITHIN = 2.0  # s between the end of a lifeline and the end of its process
 _ENDED = frozenset({errno.EPIPE, errno.ECONNRESET, errno.EBADF})
 _SOCKET_BUFFER = 2**20  # bytes; a message of a megabyte then takes one system call
 _READS_IN_A_ROW = 8  # from one worker, while others wait
-
-
-class PackedFunction(NamedTuple):
-    """A function as it travels."""
-
-    key: bytes
-    pickled: bytes
-
-
-@dataclass(eq=False)
-class Flight:
-    """A task under way: pickled, numbered, and with its attempts so far."""
-
-    task: Task
-    number: int
-    function: PackedFunction
-    kind: Kind
-    payload: bytes
-    future: Future[Any]
-    history: list[str] = field(default_factory=list)  # a line for each attempt that failed
-    results: list[Any] = field(default_factory=list)  # of a batch, as far as they have come
-    errors: dict[int, BaseException] = field(default_factory=dict)  # likewise, by index
-    is_spoiled: bool = False  # some of them could not be unpickled: what comes after those counts no more
-    seconds: float = 0.0  # these have taken
-    size: int = field(init=False)  # bytes of the arguments and of these
-    is_running: bool = False
-    is_unwanted: bool = False  # terminate() was called for it
-    was_unread: bool = False
-    ends_at: int = 0  # of all bytes ever put for its worker
-
-    def __post_init__(self) -> None:
-        self.size = len(self.payload)
 
 
 class Doom(NamedTuple):
@@ -140,8 +109,6 @@ class Member:
         Raises:
             OSError: The system starts no more processes or opens no more descriptors.
         """
-        from shpool.engines.birth import start_process  # here: the login need not wait for it
-
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):  # as much of it as the system allows
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)

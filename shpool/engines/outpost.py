@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from shpool.engines.keeping import KeptFunctions, may_be_kept
 from shpool.engines.leased_gate import LeasedGate
+from shpool.engines.messages import Kind
 from shpool.engines.sealed import Answer, Call
-from shpool.engines.serve import Kind, unreadable
+from shpool.engines.serve import unreadable
 from shpool.engines.traces import Traces
 from shpool.errors import TokenUnavailableError
 from shpool.gate import unanswered

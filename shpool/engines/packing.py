@@ -1,12 +1,12 @@
-"""Functions and arguments, pickled for a worker once and for all."""
+"""What travels to a worker, pickled once and for all: functions, arguments, how it begins."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from shpool.engines.flight import PackedFunction
 from shpool.engines.keeping import key_of
-from shpool.engines.member import PackedFunction
-from shpool.engines.serve import Kind
+from shpool.engines.messages import Kind
 from shpool.errors import UnpicklableError
 from shpool.worker import dump, shortened
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from shpool.engines.base import Task
+    from shpool.engines.setup import WorkerSetup
 
 
 def pack_function(fn: Callable[..., Any], *, serves_many: bool = False) -> PackedFunction:
@@ -43,6 +44,21 @@ def pack_arguments(task: Task) -> tuple[Kind, bytes]:
         return kind, dump(content)  # here, as a call more costs what a tenth of the pickling does
     except Exception as exc:
         raise _unpicklable(content, "arguments", exc) from exc
+
+
+def dump_setup(setup: WorkerSetup) -> bytes:
+    """Pickle a ``WorkerSetup``.
+
+    Raises:
+        UnpicklableError: The initializer or its arguments cannot be pickled.
+    """
+    try:
+        return dump(setup)
+    except Exception as exc:
+        reason = f"{type(exc).__name__}: {exc}"
+        if isinstance(exc, RuntimeError):  # of multiprocessing's queues and locks
+            reason += "; those of a multiprocessing.Manager() can travel"
+        raise UnpicklableError("initializer", shortened(setup.initializer), reason) from exc  # noqa: EM101 - a field, no message
 
 
 def _unpicklable(value: object, what: str, error: Exception) -> UnpicklableError:

@@ -20,9 +20,10 @@ from shpool.engines.cluster import Lost, RemoteChannel, Unbegun
 from shpool.engines.launches import Launch, Launches, Paces
 from shpool.engines.lease_office import LeaseOffice
 from shpool.engines.looping import LoopingEngine
+from shpool.engines.messages import NO_KEY, Kind, Message
 from shpool.engines.outpost import note_home
+from shpool.engines.packing import dump_setup
 from shpool.engines.sealed import Answer, Call
-from shpool.engines.serve import NO_KEY, Kind, Message, dump_setup
 from shpool.engines.setup import WorkerSetup
 from shpool.errors import ClusterUnreachableError, TaskError, TaskTerminatedError, TaskTimeoutError, WorkerLostError
 from shpool.gate import Gate
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from shpool.channels import TokenChannel
     from shpool.engines.cluster import Cluster
-    from shpool.engines.member import Flight
+    from shpool.engines.flight import Flight
 
 logger = logging.getLogger(__name__)
 
