@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import itertools
-import pickle
-import sys
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from shpool.errors import UnpicklableError
 from shpool.errortexts import traceback_of
+from shpool.pickling import dump, dump_in_pieces, load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from shpool.pickling import Pieces
 
 _LONGEST_TEXT = 300  # characters of a value named in an error
 
@@ -29,77 +30,17 @@ class WorkerTraceback(Exception):  # noqa: N818 - it is a cause to read, not an 
         return f'\n"""\n{self.text}"""'
 
 
-def dump(value: object) -> bytes:
-    """Pickle a value: by C pickle where that is enough, else by cloudpickle.
+def call(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bool, bytes | Pieces]:
+    """Call a function; return whether it returned, and the pickled result or error.
 
-    What names ``__main__`` goes by value: a worker's ``__main__`` is another module than the parent's.
+    A large result comes in pieces, which are the result's own memory: to be sent or copied at once.
     """
-    try:
-        data, names_main = _dump_large(value) if _is_large(value) else _dump_small(value)
-    except (pickle.PicklingError, AttributeError, TypeError, ImportError):
-        names_main = True
-    if not names_main:
-        return data
-    import cloudpickle
-
-    spawned_main = sys.modules.get("__mp_main__")
-    if spawned_main is not None and spawned_main.__name__ == "__mp_main__":  # this is a process of multiprocessing's
-        cloudpickle.register_pickle_by_value(spawned_main)
-    text: bytes = cloudpickle.dumps(value, protocol=5)
-    return text
-
-
-def _is_large(value: object) -> bool:
-    """Tell whether a value, or one in a tuple, is so large that a search through its pickle would cost too much."""
-    if type(value) is not tuple:
-        return _size_of(value) >= _LARGE
-    for item in value:  # no generator and no recursion: this runs for every call
-        if type(item) is tuple:
-            for inner in item:
-                if _size_of(inner) >= _LARGE:
-                    return True
-        elif _size_of(item) >= _LARGE:
-            return True
-    return False
-
-
-_size_of = sys.getsizeof
-
-
-def _dump_small(value: object) -> tuple[bytes, bool]:
-    data = pickle.dumps(value, protocol=5)
-    return data, _MAIN in data
-
-
-def _dump_large(value: object) -> tuple[bytes, bool]:
-    """Pickle, and look for the main module in the frames of opcodes alone: 60 µs a megabyte of bytes instead of 900."""
-    parts = _Parts()
-    pickle.Pickler(parts, protocol=5).dump(value)
-    names_main = any(_MAIN in part for part in parts if len(part) < _LARGE or part[:1] in _FRAME_STARTS)
-    return b"".join(parts), names_main
-
-
-class _Parts(list[bytes]):
-    """A file for a pickler, which writes frames of opcodes and, apart from them, the bytes of each large value."""
-
-    write = list.append
-
-
-_MAIN = b"_main__"  # __main__, or __mp_main__ in a process that multiprocessing has spawned
-_LARGE = 64 * 1024  # bytes: what C pickle takes for large, its FRAME_SIZE_TARGET
-_FRAME_STARTS = (b"\x80", b"\x95")  # the opcodes PROTO and FRAME
-
-load = pickle.loads
-
-
-def call(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bool, bytes]:
-    """Call a function; return whether it returned, and the pickled result or error."""
     try:
         result = fn(*args, **kwargs)
     except BaseException as exc:  # noqa: BLE001 - border: a task may raise anything, and the worker lives on
         return False, dump_error(exc)
     try:
-        return True, dump(result)
+        return True, dump_in_pieces(result)
     except Exception as exc:  # noqa: BLE001 - border: pickling runs the result's own code
         return False, dump_error(UnpicklableError("result", shortened(result), _reason(exc)))
 
@@ -130,18 +71,18 @@ def call_each(
         results.append(None)
 
 
-def dump_each(results: list[Any], errors: dict[int, bytes]) -> bytes:
-    """Pickle the outcome of ``call_each``; a result that cannot be pickled becomes an error of its own."""
+def dump_each(results: list[Any], errors: dict[int, bytes]) -> bytes | Pieces:
+    """Pickle the outcome of ``call_each``, as ``call`` does; a result that cannot be becomes an error of its own."""
     try:
-        return dump((results, errors))
+        return dump_in_pieces((results, errors))
     except Exception:  # noqa: BLE001 - border: pickling runs the results' own code
         portable = []
         for index, result in enumerate(results):
             done, data = call(_itself, (result,), {})
             portable.append(result if done else None)
             if not done:
-                errors[index] = data
-        return dump((portable, errors))
+                errors[index] = bytes(data)
+        return dump_in_pieces((portable, errors))
 
 
 def dump_error(error: BaseException) -> bytes:

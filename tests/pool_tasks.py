@@ -10,7 +10,8 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from pickle import PickleBuffer
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 from shpool.shared import current_session
 
@@ -149,6 +150,31 @@ def leave(code: int) -> NoReturn:
 
 def die(code: int = 1) -> NoReturn:
     os._exit(code)
+
+
+_held = bytearray(2**20)
+
+
+class ShowsHeld:
+    """Is pickled as an array is that shows memory which this process may want to change."""
+
+    nbytes = len(_held)
+
+    def __reduce_ex__(self, _: SupportsIndex) -> tuple[Any, ...]:
+        return bytes, (PickleBuffer(_held),)
+
+
+def show_held() -> Any:
+    return ShowsHeld()
+
+
+def grow_held() -> int:
+    _held.append(0)  # a BufferError while anything shows it
+    return len(_held)
+
+
+def is_loaded(name: str) -> bool:
+    return name in sys.modules
 
 
 def echo(value: Any) -> Any:

@@ -39,7 +39,9 @@ from pool_tasks import (
     functions_held,
     grow,
     grow_and_die,
+    grow_held,
     hang_once,
+    is_loaded,
     leave,
     pid,
     raise_here_only,
@@ -47,6 +49,7 @@ from pool_tasks import (
     refuse_to_start,
     return_exits_on_load,
     return_here_only,
+    show_held,
     sleeper_and_wait,
     slow_pid,
     wait_for,
@@ -55,7 +58,7 @@ from pool_tasks import (
 from shpool.engines.base import Task
 from shpool.engines.crew import Crew
 from shpool.engines.member import Member
-from shpool.engines.messages import RECEIVE_SIZE, Kind, encode
+from shpool.engines.messages import Kind, Landing, encode
 from shpool.engines.setup import WorkerSetup
 from shpool.errors import (
     InitializerError,
@@ -345,7 +348,7 @@ def test_what_a_lost_worker_has_answered_counts_also_where_a_send_is_what_meets_
     ours, theirs = socket.socketpair()
     recalled, recall = os.pipe()
     process = SimpleNamespace(pid=4711)
-    member = Member(cast("WorkerProcess", process), ours, recall, memoryview(bytearray(RECEIVE_SIZE)), None)
+    member = Member(cast("WorkerProcess", process), ours, recall, Landing(), None)
     ours.setblocking(False)
     try:
         theirs.sendall(b"".join(encode(Kind.RESULT, number) for number in (1, 2)))
@@ -437,8 +440,23 @@ def test_a_crew_ends_although_a_task_left_a_process_behind() -> None:
             os.kill(grandchild, signal.SIGKILL)
 
 
-def is_loaded(name: str) -> bool:
-    return name in sys.modules
+def test_a_large_argument_travels_as_it_is_when_submitted(tmp_path: Path) -> None:
+    begun, cue = tmp_path / "begun", tmp_path / "cue"
+    with running(1) as crew:
+        busy = submit(crew, begin_and_wait, str(begun), str(cue))
+        until(begun.exists)
+        value = bytearray(2**20)
+        copy = submit(crew, echo, value)
+        value[:3] = b"new"
+        cue.touch()
+        busy.result(PATIENCE)
+        assert copy.result(PATIENCE) == bytes(2**20)
+
+
+def test_a_worker_lets_go_of_a_large_result_once_it_is_sent() -> None:
+    with running(1) as crew:
+        assert result(crew, show_held) == bytes(2**20)
+        assert result(crew, grow_held) == 2**20 + 1
 
 
 def test_a_worker_does_not_load_loky() -> None:

@@ -84,7 +84,7 @@ def test_a_worker_sends_an_odd_error_back() -> None:
 
     done, data = call(TimedCall(fail), (), {})
     assert not done
-    assert "broken pipe" in str(load_error(data))
+    assert "broken pipe" in str(load_error(bytes(data)))
 
 
 def test_arguments_that_cannot_be_shown_are_named_by_their_class() -> None:

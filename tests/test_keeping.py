@@ -11,7 +11,7 @@ import pytest
 from pool_tasks import double
 
 from shpool.engines.keeping import KeptFunctions, key_of, may_be_kept
-from shpool.worker import dump, load
+from shpool.pickling import dump, load
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,7 +8,7 @@ from patience import PATIENCE, until
 
 from shpool.engines.lifeline import Lifeline
 from shpool.engines.messages import Kind, MessageBuffer, encode
-from shpool.worker import load
+from shpool.pickling import load
 
 
 def test_what_is_given_back_is_told_before_anything_later_is_read() -> None:

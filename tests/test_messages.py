@@ -3,7 +3,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shpool.engines.messages import NO_KEY, Kind, Message, MessageBuffer, encode
+from shpool.engines.messages import LARGE, NO_KEY, Kind, Landing, Message, MessageBuffer, encode, encode_pieces
+from shpool.pickling import dump_in_pieces, load
 
 messages = st.lists(
     st.builds(
@@ -45,3 +46,42 @@ def test_an_unfinished_message_is_kept_back() -> None:
     buffer = MessageBuffer()
     assert list(buffer.feed(encode(Kind.RESULT, 1, b"abc")[:-1])) == []
     assert [message.payload for message in buffer.feed(b"c")] == [b"abc"]
+
+
+def test_a_payload_in_pieces_arrives_whole() -> None:
+    value: tuple[list[object], dict[int, bytes]] = ([b"x" * LARGE, bytearray(2 * LARGE)], {})
+    [message] = MessageBuffer().feed(b"".join(encode_pieces(Kind.RESULT, 7, dump_in_pieces(value), seconds=0.5)))
+    assert (message.kind, message.number, message.seconds, load(message.payload)) == (Kind.RESULT, 7, 0.5, value)
+
+
+def large(fill: bytes, size: int = 2 * LARGE) -> bytes:
+    return encode(Kind.RESULT, 1, fill * size)
+
+
+def arrive(buffer: MessageBuffer, stream: bytes) -> memoryview:
+    """Return the payload of a large message, which is one that comes in more than one piece."""
+    assert buffer.feed(stream[:100]) == []
+    [message] = buffer.feed(stream[100:])
+    assert isinstance(message.payload, memoryview)
+    return message.payload
+
+
+def test_the_memory_of_a_large_payload_is_used_again_once_it_is_free() -> None:
+    landing = Landing()
+    buffer = MessageBuffer(landing)
+    first = arrive(buffer, large(b"a"))
+    second = arrive(buffer, large(b"b"))
+    assert (bytes(first), bytes(second)) == (b"a" * 2 * LARGE, b"b" * 2 * LARGE)
+    block = first.obj
+    landing.free(first)
+    third = arrive(buffer, large(b"c", LARGE))
+    assert third.obj is block
+    assert (bytes(second), bytes(third)) == (b"b" * 2 * LARGE, b"c" * LARGE)
+
+
+def test_little_memory_waits_for_the_next_payload() -> None:
+    landing = Landing()
+    for size in (LARGE, 3 * 2**20, 3 * 2**20, 5 * 2**20, 9 * 2**20):
+        landing.free(landing.room_for(size))
+    assert sum(map(len, landing._free)) <= 8 * 2**20
+    assert len(landing.room_for(10)) == 10

@@ -22,9 +22,10 @@ from shpool.engines.parcels import Parcel, TokenCell
 from shpool.engines.sealed import Answer, Call
 from shpool.engines.setup import WorkerSetup
 from shpool.errors import NoSessionError, TokenUnavailableError
+from shpool.pickling import dump, load
 from shpool.shared import SharedSession, current_session
 from shpool.tokens import Posting, Token, boot_time
-from shpool.worker import dump, load, load_error
+from shpool.worker import load_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

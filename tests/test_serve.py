@@ -19,7 +19,8 @@ from shpool.engines.lifeline import Lifeline
 from shpool.engines.messages import HEADER, Kind, Message, MessageBuffer, encode
 from shpool.engines.serve import serve
 from shpool.errors import UnpicklableError
-from shpool.worker import dump, load, load_error
+from shpool.pickling import dump, load
+from shpool.worker import load_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -27,8 +27,8 @@ from shpool.engines.setup import WorkerSetup
 from shpool.errors import TaskTerminatedError, TaskTimeoutError, WorkerLostError, WorkerStartError
 from shpool.importing import free_import_lock
 from shpool.logs import deliver
+from shpool.pickling import load
 from shpool.waiting import wait_in_glances
-from shpool.worker import load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -336,6 +336,7 @@ class Crew(LoopingEngine):
                 self._watch(member)
             for flight, message in answers:
                 self._take(member, flight, message)
+                self._launcher.landing.free(message.payload)
             if member.is_gone:
                 self._lose(member)
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from shpool.engines.base import Task
     from shpool.engines.messages import Kind
+    from shpool.pickling import Pieces
 
 
 class PackedFunction(NamedTuple):
@@ -27,7 +28,7 @@ class Flight:
     number: int
     function: PackedFunction
     kind: Kind
-    payload: bytes
+    payload: bytes | Pieces
     future: Future[Any]
     history: list[str] = field(default_factory=list)  # a line for each attempt that failed
     results: list[Any] = field(default_factory=list)  # of a batch, as far as they have come
@@ -41,4 +42,4 @@ class Flight:
     ends_at: int = 0  # of all bytes ever put for its worker
 
     def __post_init__(self) -> None:
-        self.size = len(self.payload)
+        self.size = len(self.payload) if isinstance(self.payload, bytes) else self.payload.size

@@ -10,7 +10,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from shpool.engines.messages import RECEIVE_SIZE
+from shpool.engines.messages import Landing
 from shpool.errors import WorkerStartError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Launcher:
     Attributes:
         not_before: When the next launch may come, by ``time.monotonic``.
         has_launched: A process could be started, once at least.
+        landing: Where what all workers send arrives.
     """
 
     def __init__(
@@ -61,9 +62,9 @@ class Launcher:
         self._pickled_setup = pickled_setup
         self._blanked = blanked
         self._gate = gate
-        self._landing = memoryview(bytearray(RECEIVE_SIZE))  # where what all workers send arrives
         self.not_before = 0.0
         self.has_launched = False
+        self.landing = Landing()
         self._false_starts: list[float] = []  # when workers ended that had not been ready, since one last was
         self._was_ready = False  # any worker, ever
 
@@ -77,7 +78,7 @@ class Launcher:
 
         try:
             member = Member.launch(
-                self._board, self._setup, self._pickled_setup, self._blanked(), self._landing, self._gate
+                self._board, self._setup, self._pickled_setup, self._blanked(), self.landing, self._gate
             )
         except OSError as exc:
             logger.warning("a worker process cannot be started: %s; next attempt in %.0f s", exc, _PAUSE)

@@ -13,8 +13,9 @@ from shpool.engines.base import BatchResult, Tally
 from shpool.engines.messages import Kind
 from shpool.engines.slot import Slot, is_abandoned
 from shpool.errors import TaskError, TaskTerminatedError, UnpicklableError, WorkerLostError
+from shpool.pickling import load
 from shpool.retry import carry_attempts, summary_of
-from shpool.worker import load, load_error
+from shpool.worker import load_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable

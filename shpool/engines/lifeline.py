@@ -15,13 +15,14 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from shpool.engines.messages import CALLS, Kind, MessageBuffer, encode_parts
-from shpool.worker import dump
+from shpool.engines.messages import CALLS, Kind, Landing, MessageBuffer, encode_pieces
+from shpool.pickling import dump
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from shpool.engines.messages import Message
+    from shpool.pickling import Piece, Pieces
 
 _MOMENT = 0.01  # s; for longer the main thread keeps the reading only while nothing has arrived
 
@@ -66,9 +67,10 @@ class Lifeline:
         self._recalled = recalled
         self._writing = threading.RLock()  # guards the two below
         self._is_writing = False
-        self._postponed: list[tuple[bytes, ...]] = []  # by what ran in the middle of a write, in the same thread
-        self._reading = threading.Lock()  # guards the two below
-        self._incoming = MessageBuffer()
+        self._postponed: list[tuple[Piece, ...]] = []  # by what ran in the middle of a write, in the same thread
+        self._reading = threading.Lock()  # guards the three below
+        self._landing = Landing()
+        self._incoming = MessageBuffer(self._landing)
         self._arrived: collections.deque[Message] = collections.deque()
 
     def messages(self) -> Iterator[Message]:
@@ -81,20 +83,26 @@ class Lifeline:
                 message = self._arrived.popleft()
             yield message
 
-    def send(self, kind: Kind, number: int = 0, payload: bytes = b"", *, seconds: float = 0.0) -> None:
+    def free(self, message: Message) -> None:
+        """Use the memory of a message again, whose payload nobody will look at any more."""
+        if isinstance(message.payload, memoryview):
+            with self._reading:
+                self._landing.free(message.payload)
+
+    def send(self, kind: Kind, number: int = 0, payload: bytes | Pieces = b"", *, seconds: float = 0.0) -> None:
         """Send a message; waits while the parent is busy reading others.
 
         A finalizer or a signal handler that logs in the middle of a write has its message sent after that.
         """
         with self._writing:
-            self._postponed.append(encode_parts(kind, number, payload, seconds=seconds))
+            self._postponed.append(encode_pieces(kind, number, payload, seconds=seconds))
             if self._is_writing:
                 return
             self._is_writing = True
             try:
                 while self._postponed:
-                    for part in self._postponed.pop(0):
-                        self._end.sendall(part)
+                    for piece in self._postponed.pop(0):
+                        self._end.sendall(piece)
             finally:
                 self._is_writing = False
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from shpool.engines.birth import start_process
 from shpool.engines.keeping import KeptFunctions
 from shpool.engines.lifeline import LifelineHandle
-from shpool.engines.messages import LARGE, Kind, MessageBuffer, encode, encode_parts
+from shpool.engines.messages import LARGE, Kind, Landing, MessageBuffer, encode, encode_pieces
 from shpool.engines.serve import work
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from shpool.engines.setup import WorkerSetup
     from shpool.errors import TaskError
     from shpool.gate import Gate
+    from shpool.pickling import Piece
 
 _REAP_WITHIN = 2.0  # s between the end of a lifeline and the end of its process
 _ENDED = frozenset({errno.EPIPE, errno.ECONNRESET, errno.EBADF})
@@ -68,14 +69,14 @@ class Member:
         process: WorkerProcess,
         end: socket.socket,
         recall: int,
-        landing: memoryview,
+        landing: Landing,
         most_calls: int | None,
     ) -> None:
         self._process = process
         self._end = end
         self._recall = recall  # the descriptor that a byte is written to
         self._incoming = MessageBuffer(landing)
-        self._outbox: collections.deque[bytes] = collections.deque()
+        self._outbox: collections.deque[Piece] = collections.deque()
         self._sending = threading.Lock()  # guards _unsent: what was taken out of the outbox and is not sent
         self._unsent = memoryview(b"")
         self._bytes_put = self._bytes_sent = 0  # ever
@@ -101,7 +102,7 @@ class Member:
         setup: WorkerSetup,
         pickled_setup: bytes,
         blanked: Sequence[str],
-        landing: memoryview,
+        landing: Landing,
         gate: Gate | None = None,
     ) -> Member:
         """Start a worker process; ``landing`` is where the crew's loop lets messages arrive.
@@ -158,11 +159,11 @@ class Member:
         if not self._functions.has(packed.key):
             for key in self._functions.add(packed.key, len(packed.pickled)):
                 self.put(encode(Kind.FORGET, key=key))
-            self.put(*encode_parts(Kind.FUNCTION, 0, packed.pickled, key=packed.key))
-        self.put(*encode_parts(flight.kind, flight.number, flight.payload, key=packed.key))
+            self.put(*encode_pieces(Kind.FUNCTION, 0, packed.pickled, key=packed.key))
+        self.put(*encode_pieces(flight.kind, flight.number, flight.payload, key=packed.key))
         flight.ends_at = self._bytes_put
 
-    def put(self, *data: bytes) -> None:
+    def put(self, *data: Piece) -> None:
         """Hold messages, or parts of one, ready for ``flush``; they go in the order of these calls."""
         self._outbox.extend(data)
         self._bytes_put += sum(map(len, data))
@@ -186,7 +187,7 @@ class Member:
                 self._unsent = self._unsent[sent:]
                 self._bytes_sent += sent
 
-    def _next_piece(self) -> bytes:
+    def _next_piece(self) -> Piece:
         """Return as many messages as one system call should send, without copying a large one."""
         first = self._outbox.popleft()
         if not self._outbox or len(first) >= LARGE:

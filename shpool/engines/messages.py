@@ -13,13 +13,18 @@ import enum
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
+from shpool.pickling import Pieces
+
 if TYPE_CHECKING:
     import socket
+
+    from shpool.pickling import Piece
 
 HEADER = struct.Struct("=QBQ16sd")  # payload's length, kind, call number, function's digest, seconds
 NO_KEY = bytes(16)
 RECEIVE_SIZE = 256 * 1024  # bytes a read asks for
 LARGE = 64 * 1024  # bytes from which a payload is spared every copy that can be spared
+_MOST_FREE = 8 * 2**20  # bytes of memory that waits for the next large payload
 
 
 class Kind(enum.IntEnum):
@@ -63,24 +68,56 @@ def encode(kind: Kind, number: int = 0, payload: bytes = b"", *, key: bytes = NO
     return HEADER.pack(len(payload), kind, number, key, seconds) + payload
 
 
-def encode_parts(
-    kind: Kind, number: int, payload: bytes, *, key: bytes = NO_KEY, seconds: float = 0.0
-) -> tuple[bytes, ...]:
+def encode_pieces(
+    kind: Kind, number: int, payload: bytes | Pieces, *, key: bytes = NO_KEY, seconds: float = 0.0
+) -> tuple[Piece, ...]:
     """Return a message as the pieces to send one after the other; a large payload is not copied for it."""
+    if isinstance(payload, Pieces):
+        first, *others = payload
+        return HEADER.pack(payload.size, kind, number, key, seconds) + first, *others
     if len(payload) < LARGE:
         return (encode(kind, number, payload, key=key, seconds=seconds),)
     return HEADER.pack(len(payload), kind, number, key, seconds), payload
+
+
+class Landing:
+    """Where messages arrive: small ones all in one place, each large payload in memory that is used again.
+
+    New memory for each megabyte would cost the system half of the time that the megabyte takes on its way.
+    """
+
+    def __init__(self) -> None:
+        self.small = memoryview(bytearray(RECEIVE_SIZE))
+        self._free: list[bytearray] = []
+
+    def room_for(self, size: int) -> memoryview:
+        """Return memory for a payload of so many bytes."""
+        for index in range(len(self._free) - 1, -1, -1):
+            if len(self._free[index]) >= size:
+                return memoryview(self._free.pop(index))[:size]
+        return memoryview(bytearray(size))
+
+    def free(self, payload: bytes | memoryview) -> None:
+        """Take back the memory of a payload that nobody will look at again."""
+        if not isinstance(payload, memoryview):
+            return
+        block = payload.obj
+        payload.release()  # whoever looks at it all the same gets an error, and no other payload
+        if isinstance(block, bytearray):
+            self._free.append(block)
+            while sum(map(len, self._free)) > _MOST_FREE:
+                del self._free[0]
 
 
 class MessageBuffer:
     """Cut a stream of bytes into messages. A large payload is received right where it stays.
 
     Args:
-        landing: Where small messages arrive; may be shared by buffers that are read in turn.
+        landing: Where they arrive; may be shared by buffers that are read in turn.
     """
 
-    def __init__(self, landing: memoryview | None = None) -> None:
-        self._landing = memoryview(bytearray(RECEIVE_SIZE)) if landing is None else landing
+    def __init__(self, landing: Landing | None = None) -> None:
+        self._landing = Landing() if landing is None else landing
         self._held = bytearray()  # the beginning of a message
         self._large: tuple[int, int, bytes, float] | None = None  # the header of a large message under way
         self._body = memoryview(b"")  # its payload
@@ -99,8 +136,8 @@ class MessageBuffer:
             ConnectionResetError: The other end closed with bytes unread.
         """
         if self._large is None:
-            size = end.recv_into(self._landing, 0, flags)
-            return self.feed(self._landing[:size]) if size else None
+            size = end.recv_into(self._landing.small, 0, flags)
+            return self.feed(self._landing.small[:size]) if size else None
         size = end.recv_into(self._body[self._filled :], 0, flags)
         self._filled += size
         return self._finish_large() if size else None
@@ -132,7 +169,7 @@ class MessageBuffer:
                 if length < LARGE:
                     break
                 self._large = (kind, number, key, seconds)
-                self._body, self._filled = memoryview(bytearray(length)), len(data) - begin
+                self._body, self._filled = self._landing.room_for(length), len(data) - begin
                 self._body[: self._filled] = data[begin:]
                 return data[len(data) :]
             messages.append(Message(kind, number, key, seconds, bytes(data[begin:end])))

@@ -24,8 +24,9 @@ from shpool.engines.traces import Traces
 from shpool.errors import TokenUnavailableError
 from shpool.gate import unanswered
 from shpool.logs import RelayHandler
+from shpool.pickling import load
 from shpool.shared import SharedSession, adopt_session, is_session_here, leave_session, take_session
-from shpool.worker import call, call_each, dump_each, dump_error, load
+from shpool.worker import call, call_each, dump_each, dump_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -174,8 +175,9 @@ class Outpost:
         except BaseException as exc:  # noqa: BLE001 - border: unpickling runs the arguments' own code
             return False, unreadable("arguments", exc)
         if sealed.kind == Kind.CALL:
-            return call(fn, *args)
-        return True, dump_each(*call_each(fn, args, star=sealed.kind == Kind.BATCH_STAR))
+            done, payload = call(fn, *args)
+            return done, bytes(payload)
+        return True, bytes(dump_each(*call_each(fn, args, star=sealed.kind == Kind.BATCH_STAR)))
 
     def _function_of(self, sealed: Call, kept: bytes | Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(kept, bytes):

@@ -8,7 +8,8 @@ from shpool.engines.flight import PackedFunction
 from shpool.engines.keeping import key_of
 from shpool.engines.messages import Kind
 from shpool.errors import UnpicklableError
-from shpool.worker import dump, shortened
+from shpool.pickling import Pieces, dump, dump_in_pieces
+from shpool.worker import shortened
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,8 +31,8 @@ def pack_function(fn: Callable[..., Any], *, serves_many: bool = False) -> Packe
     return PackedFunction(key_of(pickled, serves_many=serves_many), pickled)
 
 
-def pack_arguments(task: Task) -> tuple[Kind, bytes]:
-    """Pickle a task's arguments; return them with the kind of message that carries them.
+def pack_arguments(task: Task) -> tuple[Kind, bytes | Pieces]:
+    """Pickle a task's arguments as they are now; return them with the kind of message that carries them.
 
     Raises:
         UnpicklableError: They cannot be pickled.
@@ -41,9 +42,12 @@ def pack_arguments(task: Task) -> tuple[Kind, bytes]:
     if task.batch:
         kind, content = (Kind.BATCH_STAR if task.star else Kind.BATCH), task.args
     try:
-        return kind, dump(content)  # here, as a call more costs what a tenth of the pickling does
+        pickled = dump_in_pieces(content)  # here, as a call more costs what a tenth of the pickling does
     except Exception as exc:
         raise _unpicklable(content, "arguments", exc) from exc
+    if isinstance(pickled, Pieces):
+        pickled.freeze()
+    return kind, pickled
 
 
 def dump_setup(setup: WorkerSetup) -> bytes:

@@ -216,7 +216,7 @@ class RemoteEngine(LoopingEngine):
         is_sent = len(packed.pickled) < _LARGE_FUNCTION or flight.number in self._wanted
         self._wanted.discard(flight.number)
         function = packed.pickled if is_sent else b""
-        return Call(self.pool, number, flight.kind, packed.key, function, flight.payload, timeout is not None)
+        return Call(self.pool, number, flight.kind, packed.key, function, bytes(flight.payload), timeout is not None)
 
     def _launch(self, calls: Sequence[Call]) -> None:
         """Send calls; the cluster's lock is held, the other is not."""

@@ -15,9 +15,10 @@ from shpool.engines.messages import CALLS, Kind
 from shpool.errors import UnpicklableError
 from shpool.gate import unanswered
 from shpool.logs import relay
+from shpool.pickling import load
 from shpool.shared import SharedSession, adopt_session
 from shpool.talk import take_line
-from shpool.worker import call, call_each, dump_each, dump_error, load
+from shpool.worker import call, call_each, dump_each, dump_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from shpool.engines.messages import Message
     from shpool.engines.setup import WorkerSetup
     from shpool.gate import Gate, GateHandle
+    from shpool.pickling import Pieces
 
 _PART_AFTER = 0.05  # s of a batch's results that a lost worker may take along
 _SLICE_GROWTH = 8  # times; of a batch that proves to be of tiny calls
@@ -112,6 +114,7 @@ def serve(lifeline: Lifeline, max_memory: int | None = None) -> None:
             unanswered.give_back()
             ended = time.perf_counter()
             lifeline.send(kind, message.number, payload, seconds=ended - begun)
+            del payload  # the next call may want to let go of the memory that it is
             if max_memory is not None and ended >= next_look:
                 next_look = ended + _MEMORY_LOOK
                 if (held := resident_memory()) > max_memory:
@@ -119,6 +122,7 @@ def serve(lifeline: Lifeline, max_memory: int | None = None) -> None:
                     max_memory = None  # said once; the parent sends nothing new from then on
         elif message.kind == Kind.FUNCTION:
             functions[message.key] = bytes(message.payload)
+            lifeline.free(message)
         elif message.kind == Kind.FORGET:
             functions.pop(message.key, None)
         elif message.kind == Kind.STOP:
@@ -138,7 +142,7 @@ def resident_memory() -> int:
 
 def _run(
     functions: dict[bytes, bytes | Callable[..., Any]], message: Message, lifeline: Lifeline, begun: float
-) -> tuple[bool, bytes, float]:
+) -> tuple[bool, bytes | Pieces, float]:
     """Return whether it went well, what to send, and since when that took."""
     try:
         fn = functions[message.key]
@@ -154,6 +158,7 @@ def _run(
         args = load(message.payload)
     except BaseException as exc:  # noqa: BLE001 - border: unpickling runs the arguments' own code
         return False, unreadable("arguments", exc), begun
+    lifeline.free(message)
     if message.kind == Kind.CALL:
         return *call(fn, *args), begun
     return _run_batch(fn, args, message, lifeline, begun)
@@ -161,7 +166,7 @@ def _run(
 
 def _run_batch(
     fn: Callable[..., Any], items: Sequence[Any], message: Message, lifeline: Lifeline, begun: float
-) -> tuple[bool, bytes, float]:
+) -> tuple[bool, bytes | Pieces, float]:
     """Call the function on each item; what has taken a while is sent ahead, lest it is lost with the rest."""
     results: list[Any] = []
     errors: dict[int, bytes] = {}
