@@ -709,7 +709,7 @@ ENDS = {
     "pending futures": """
         def note(number):
             time.sleep(0.05)
-            print("ran", number, flush=True)
+            print(f"ran {number}\\n", end="", flush=True)  # in one write: the other worker may print at this moment
 
         pool = AuthenticatedProcessPool(session, 2)
         futures = [pool.submit(note, number) for number in range(4)]
