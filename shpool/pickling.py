@@ -15,7 +15,7 @@ _SMALL = frozenset({int, float, bool, complex, type(None)})
 load = pickle.loads
 
 
-Piece = bytes | bytearray | memoryview
+Piece = bytes | memoryview
 
 
 class Pieces(list[Piece]):
@@ -26,8 +26,11 @@ class Pieces(list[Piece]):
     """
 
     def write(self, piece: bytes | bytearray | pickle.PickleBuffer) -> None:
-        """Take what the pickler writes; an array of NumPy's comes as a ``PickleBuffer``."""
-        self.append(piece.raw() if isinstance(piece, pickle.PickleBuffer) else piece)
+        """Take what the pickler writes; an array of NumPy's comes as a ``PickleBuffer``.
+
+        A bytearray is copied: a thread could change its length before it is sent.
+        """
+        self.append(piece.raw() if isinstance(piece, pickle.PickleBuffer) else bytes(piece))
 
     @property
     def size(self) -> int:
@@ -44,7 +47,7 @@ class Pieces(list[Piece]):
         )
 
     def freeze(self) -> None:
-        """Copy the memory that may still change."""
+        """Copy the memory whose content may still change."""
         self[:] = [bytes(piece) for piece in self]
 
     def __bytes__(self) -> bytes:

@@ -75,11 +75,19 @@ def test_a_large_text_of_bytes_is_not_copied() -> None:
 
 
 def test_frozen_pieces_do_not_change_with_the_value() -> None:
-    value = bytearray(MEGABYTE)
-    pieces = dump_in_pieces(value)
+    array = np.zeros(100_000)
+    pieces = dump_in_pieces(array)
     assert isinstance(pieces, Pieces)
     pieces.freeze()
-    value[:3] = b"new"
+    array[0] = 1
+    assert not load(bytes(pieces)).any()
+
+
+def test_a_bytearray_may_grow_before_its_pieces_are_sent() -> None:
+    """Else their lengths would not be what the message's header says, and no later message could be read."""
+    value = bytearray(MEGABYTE)
+    pieces = dump_in_pieces(value)
+    value += b"more"
     assert load(bytes(pieces)) == MEGABYTE
 
 
