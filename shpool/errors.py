@@ -406,13 +406,15 @@ class UnpicklableError(TaskError):
         what: ``function``, ``arguments``, ``result``, ``exception``, or the pool's ``initializer`` and its arguments.
         text: What it was, shortened.
         reason: Why it cannot be pickled or unpickled.
+        is_temporary: It was an exception after which the same call may succeed.
     """
 
-    def __init__(self, what: str, text: str, reason: str) -> None:
-        super().__init__(what, text, reason)
+    def __init__(self, what: str, text: str, reason: str, is_temporary: bool = False) -> None:  # noqa: FBT001, FBT002 - pickle replays it
+        super().__init__(what, text, reason, is_temporary)
         self.what = what
         self.text = text
         self.reason = reason
+        self.is_temporary = is_temporary
 
     def __str__(self) -> str:
         owner = "pool" if self.what == "initializer" else "task"

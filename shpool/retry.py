@@ -18,6 +18,7 @@ from shpool.errors import (
     ShellJobError,
     TaskTimeoutError,
     TokenResponseError,
+    UnpicklableError,
     WorkerLostError,
 )
 from shpool.errortexts import attribute_of, text_of
@@ -145,7 +146,7 @@ def is_retryable(error: BaseException) -> bool:
         return not final and (error.status is None or is_temporary_status(error.status))
     if isinstance(error, (WorkerLostError, TaskTimeoutError)):
         return True
-    if isinstance(error, ShellJobError):
+    if isinstance(error, (ShellJobError, UnpicklableError)):
         return isinstance(error, TimeoutError) or error.is_temporary
     status = attribute_of(attribute_of(error, "response"), "status_code")
     if isinstance(status, int):

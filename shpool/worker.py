@@ -86,16 +86,32 @@ def dump_each(results: list[Any], errors: dict[int, bytes]) -> bytes | Pieces:
 
 
 def dump_error(error: BaseException) -> bytes:
-    """Pickle an error with its traceback; one that would not arrive is replaced by one that does."""
+    """Pickle an error with its traceback.
+
+    One whose ``__init__`` wants other arguments than its ``args``, as many an API client's, is made again without it;
+    one that would not arrive even so is replaced by one that does.
+    """
     text = traceback_of(error, skipped=1)
+    reason = ""
+    for portable in (_Plain(error) if _has_foreign_reducer(type(error)) else error, _WithoutInit(error)):
+        try:
+            data = dump(portable)
+            load(data)  # what its __init__ does not take fails here and not in the parent
+            return dump((data, text))
+        except Exception as exc:  # noqa: BLE001, PERF203 - border: pickling runs the error's own code
+            reason = reason or _reason(exc)
+    kind = f"{type(error).__module__}.{type(error).__qualname__}"
+    replaced = UnpicklableError("exception", f"{kind}: {shortened(error, str)}", reason, _is_temporary(error))
+    return dump((dump(replaced), text))
+
+
+def _is_temporary(error: BaseException) -> bool:
+    from shpool.retry import is_retryable  # here: workers seldom need it
+
     try:
-        data = dump(_Plain(error) if _has_foreign_reducer(type(error)) else error)
-        load(data)  # an __init__ with keyword-only arguments fails here and not in the parent
-        return dump((data, text))
-    except Exception as exc:  # noqa: BLE001 - border: pickling runs the error's own code
-        kind = f"{type(error).__module__}.{type(error).__qualname__}"
-        portable = UnpicklableError("exception", f"{kind}: {shortened(error, str)}", _reason(exc))
-        return dump((dump(portable), text))
+        return is_retryable(error)
+    except Exception:  # noqa: BLE001 - border: this looks at the error's own attributes
+        return False
 
 
 class _Plain:
@@ -106,6 +122,28 @@ class _Plain:
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         return self._error.__reduce_ex__(protocol)
+
+
+class _WithoutInit:
+    """Pickles as the error it holds, to be made again by the ``__init__`` of the built-in class that it comes from."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        way: Any = self._error.__reduce_ex__(protocol)
+        if way[0] is not type(self._error):
+            msg = "its class has a way of its own to be pickled"
+            raise TypeError(msg)
+        return _made_again, way
+
+
+def _made_again(kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any] | None = None) -> object:
+    error = kind.__new__(kind, *args)
+    built_in: Any = next(base for base in kind.__mro__ if base.__module__ == "builtins")
+    built_in.__init__(error, *args)
+    error.__setstate__(state)
+    return error
 
 
 def _has_foreign_reducer(kind: type[BaseException]) -> bool:

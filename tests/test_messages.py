@@ -3,8 +3,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shpool.engines.messages import LARGE, NO_KEY, Kind, Landing, Message, MessageBuffer, encode, encode_pieces
-from shpool.pickling import dump_in_pieces, load
+from shpool.engines.messages import NO_KEY, Kind, Landing, Message, MessageBuffer, encode, encode_pieces
+from shpool.pickling import LARGE, dump_in_pieces, load
 
 messages = st.lists(
     st.builds(

@@ -86,9 +86,25 @@ def test_frozen_pieces_do_not_change_with_the_value() -> None:
 def test_a_bytearray_may_grow_before_its_pieces_are_sent() -> None:
     """Else their lengths would not be what the message's header says, and no later message could be read."""
     value = bytearray(MEGABYTE)
-    pieces = dump_in_pieces(value)
+    alone, among = dump_in_pieces(value), dump_in_pieces([MEGABYTE, value])
     value += b"more"
-    assert load(bytes(pieces)) == MEGABYTE
+    assert load(bytes(alone)) == MEGABYTE
+    assert load(bytes(among)) == [MEGABYTE, MEGABYTE]
+
+
+class Closed:
+    """Its size cannot be told, as that of a store that is closed."""
+
+    @property
+    def nbytes(self) -> int:
+        raise RuntimeError("closed")
+
+    def __sizeof__(self) -> int:
+        raise ValueError("closed")
+
+
+def test_a_value_whose_size_cannot_be_told_travels() -> None:
+    assert isinstance(load(dump(Closed())), Closed)
 
 
 def test_what_only_looks_large_comes_in_one_piece() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copyreg
+import errno
 import pickle
 import threading
 import traceback
@@ -10,6 +11,7 @@ import pytest
 from pool_tasks import (
     ExitsOnLoad,
     FailsWhereError,
+    KeywordOnlyError,
     LoadsHereOnly,
     Unpicklable,
     add,
@@ -26,6 +28,7 @@ from pool_tasks import (
 from shpool import current_session
 from shpool.errors import LoginError, NoSessionError, UnpicklableError
 from shpool.pickling import dump, load
+from shpool.retry import is_retryable
 from shpool.worker import WorkerTraceback, call, call_each, dump_each, dump_error, load_error, shortened
 
 if TYPE_CHECKING:
@@ -77,12 +80,48 @@ def test_an_error_keeps_its_attributes() -> None:
     assert (error.status, error.retry_after) == (503, 2.0)
 
 
-def test_an_error_with_keyword_only_arguments_is_replaced_and_named() -> None:
+def test_an_error_with_keyword_only_arguments_arrives() -> None:
     error = raised_by(raise_keyword_only)
-    assert isinstance(error, UnpicklableError)
-    assert error.what == "exception"
-    assert "KeywordOnlyError: no such page" in error.text
+    assert isinstance(error, KeywordOnlyError)
+    assert (str(error), error.request) == ("no such page", "GET /")
     assert "raise_keyword_only" in str(error.__cause__)
+
+
+class ApiError(ConnectionError):
+    """As those of many a client: what it is made of is not what it shows."""
+
+    def __init__(self, code: int, words: str) -> None:
+        super().__init__(f"{code}: {words}")
+        self.code = code
+
+
+class FileApiError(OSError):
+    def __init__(self, path: str) -> None:
+        super().__init__(errno.ENOENT, "no such tile", path)
+
+
+def test_an_error_whose_init_wants_other_arguments_arrives() -> None:
+    error = load_error(dump_error(ApiError(503, "try again")))
+    assert isinstance(error, ApiError)
+    assert (str(error), error.code, error.args) == ("503: try again", 503, ("503: try again",))
+    assert is_retryable(error)
+
+
+def test_an_error_of_the_system_keeps_its_number_and_its_path() -> None:
+    error = load_error(dump_error(FileApiError("tile.tif")))
+    assert isinstance(error, FileApiError)
+    assert (error.errno, error.filename, str(error)) == (
+        errno.ENOENT,
+        "tile.tif",
+        f"[Errno {errno.ENOENT}] no such tile: 'tile.tif'",
+    )
+
+
+@pytest.mark.parametrize(("kind", "is_temporary"), [(ConnectionError, True), (ValueError, False)])
+def test_an_error_that_is_replaced_is_retried_like_the_one_it_was(kind: type[Exception], is_temporary: object) -> None:
+    error = load_error(dump_error(kind(threading.Lock())))
+    assert isinstance(error, UnpicklableError)
+    assert is_retryable(error) is is_temporary
 
 
 def test_an_error_that_holds_what_cannot_travel_is_replaced() -> None:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from shpool.engines.birth import start_process
 from shpool.engines.keeping import KeptFunctions
 from shpool.engines.lifeline import LifelineHandle
-from shpool.engines.messages import LARGE, Kind, Landing, MessageBuffer, encode, encode_pieces
+from shpool.engines.messages import Kind, Landing, MessageBuffer, encode, encode_pieces
 from shpool.engines.serve import work
+from shpool.pickling import LARGE
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

@@ -13,7 +13,7 @@ import enum
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from shpool.pickling import Pieces
+from shpool.pickling import LARGE, Pieces
 
 if TYPE_CHECKING:
     import socket
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 HEADER = struct.Struct("=QBQ16sd")  # payload's length, kind, call number, function's digest, seconds
 NO_KEY = bytes(16)
 RECEIVE_SIZE = 256 * 1024  # bytes a read asks for
-LARGE = 64 * 1024  # bytes from which a payload is spared every copy that can be spared
 _MOST_FREE = 8 * 2**20  # bytes of memory that waits for the next large payload
 
 
@@ -168,8 +167,8 @@ class MessageBuffer:
             if len(data) < end:
                 if length < LARGE:
                     break
-                self._large = (kind, number, key, seconds)
                 self._body, self._filled = self._landing.room_for(length), len(data) - begin
+                self._large = (kind, number, key, seconds)  # once there is room
                 self._body[: self._filled] = data[begin:]
                 return data[len(data) :]
             messages.append(Message(kind, number, key, seconds, bytes(data[begin:end])))
