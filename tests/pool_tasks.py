@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -171,6 +172,15 @@ def show_held() -> Any:
 def grow_held() -> int:
     _held.append(0)  # a BufferError while anything shows it
     return len(_held)
+
+
+def write_to_sockets(data: bytes) -> None:
+    """Say this to the parent, and wait for what it does about it."""
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if str(entry.readlink()).startswith("socket:"):
+                os.write(int(entry.name), data)
+    time.sleep(PATIENCE)
 
 
 def is_loaded(name: str) -> bool:

@@ -54,12 +54,13 @@ from pool_tasks import (
     sleeper_and_wait,
     slow_pid,
     wait_for,
+    write_to_sockets,
 )
 
 from shpool.engines.base import Task
 from shpool.engines.crew import Crew
 from shpool.engines.member import Member
-from shpool.engines.messages import Kind, Landing, encode
+from shpool.engines.messages import HEADER, NO_KEY, Kind, Landing, encode
 from shpool.engines.setup import WorkerSetup
 from shpool.errors import (
     InitializerError,
@@ -990,6 +991,91 @@ def note_and_await(folder: str, number: int) -> int:
     if number in {0, 1}:
         until(Path(folder, f"end of {number}").exists)
     return number
+
+
+LARGE = bytes(30_000_000)  # more than the sockets hold, so that most of it waits in the parent
+
+
+@contextlib.contextmanager
+def behind_a_held_call(crew: Crew, folder: Path) -> Iterator[tuple[Future[int], Future[bytes], Path, Path]]:
+    """Yield a call that runs, a large one that waits behind it, what ends the first and what frees the other worker."""
+    ready(crew)
+    calls = {cue: (str(folder / f"begun-{cue}"), str(folder / cue)) for cue in ("one", "other")}
+    crew._dispatch._paces[crew.prepare(begin_and_wait_or_double).key] = 1e-4
+    running_calls = {cue: submit(crew, begin_and_wait_or_double, *paths, 1) for cue, paths in calls.items()}
+    for begun, _ in calls.values():
+        until(Path(begun).exists)
+    with crew._lock:
+        for member in crew._members.values():
+            member.head_since = math.inf  # however slow the machine is, they have only just begun
+        large = submit(crew, begin_and_wait_or_double, "", "", LARGE)
+        [full] = [member for member in crew._members.values() if len(member.flights) > 1]
+        held = full.flights[0].future
+        for member in crew._members.values():
+            member.head_since = time.monotonic()
+    cue = next(cue for cue, future in running_calls.items() if future is held)
+    free = next(each for each in calls if each != cue)
+    try:
+        yield held, large, folder / cue, folder / free
+    finally:
+        (folder / cue).touch()
+        (folder / free).touch()
+
+
+def test_a_large_call_does_not_wait_behind_a_long_one_beside_an_idle_worker(tmp_path: Path) -> None:
+    """Most of it is not there yet when the worker is first asked to give it back."""
+    with running(2) as crew, behind_a_held_call(crew, tmp_path) as (held, large, _, free):
+        free.touch()
+        assert len(large.result(PATIENCE)) == 2 * len(LARGE)
+        assert not held.done()
+
+
+def test_a_large_call_that_waits_behind_a_long_one_can_be_stopped(tmp_path: Path) -> None:
+    with running(2) as crew, behind_a_held_call(crew, tmp_path) as (held, large, cue, _):
+        assert crew.terminate(large)
+        with pytest.raises(TaskTerminatedError):
+            large.result(PATIENCE)
+        assert not held.done()
+        cue.touch()
+        assert held.result(PATIENCE) == 2
+        assert crew.tally.workers_lost == 0
+
+
+@pytest.mark.parametrize("size", [10, 10_000_000])
+def test_a_task_that_ended_in_time_is_not_late_because_the_loop_was_busy(size: int, tmp_path: Path) -> None:
+    begun, cue = tmp_path / "begun", tmp_path / "cue"
+    limit = 1.0
+    with running(2) as crew:
+        ready(crew)
+        timed = submit(crew, begin_and_wait_or_double, str(begun), str(cue), bytes(size), timeout=limit)
+        until(begun.exists)
+
+        def keep_the_loop_busy(_: object) -> None:
+            cue.touch()
+            time.sleep(1.5 * limit)
+
+        submit(crew, double, 1).add_done_callback(keep_the_loop_busy)
+        assert len(timed.result(PATIENCE)) == 2 * size
+        assert crew.tally.workers_lost == 0
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        HEADER.pack(2**63, Kind.RESULT, 1, NO_KEY, 0.0),
+        HEADER.pack(2**46, Kind.RESULT, 1, NO_KEY, 0.0),
+        HEADER.pack(0, Kind.RESULT, 2**40, NO_KEY, 0.0),
+        HEADER.pack(0, Kind.RESULT, 1, NO_KEY, 0.0) * 2,
+    ],
+    ids=["no length", "more than there is memory for", "of another call", "twice"],
+)
+def test_a_worker_that_talks_nonsense_is_lost_alone(header: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    with running(1) as crew:
+        with contextlib.suppress(WorkerLostError, UnpicklableError):  # said twice, it is an answer, without a value
+            result(crew, write_to_sockets, header)
+        assert result(crew, double, 2) == 4
+        assert crew.tally.workers_lost == 1
+    assert "is given up" in caplog.text
 
 
 def submit_in_a_row(

@@ -759,6 +759,39 @@ def test_a_script_ends_without_shutdown(script: Callable[..., Script], text: str
     assert sorted(script(text).rest()) == [f"ran {number}" for number in range(4)]
 
 
+@slow
+def test_an_interrupt_in_submit_loses_and_repeats_nothing(script: Callable[..., Script]) -> None:
+    """Those who work in a notebook go on after ^C. An alarm stands for it, since that can come at any moment."""
+    lines = script("""
+        import collections, random, signal
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        def note(number, _):
+            return number
+
+        signal.signal(signal.SIGALRM, interrupt)
+        pool = AuthenticatedProcessPool(session, 2)
+        pool.submit(int).result()
+        number = struck = 0
+        while struck < 300:
+            futures = {}
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0005, 0.005))
+                while True:
+                    number += 1
+                    futures[number] = pool.submit(note, number, bytes(50_000))
+            except KeyboardInterrupt:
+                struck += 1
+            for number, future in futures.items():
+                assert future.result(30) == number
+        pool.shutdown()
+        print("right")
+    """).rest()
+    assert lines == ["right"]
+
+
 LONG_TASKS = {
     "in a with block": """
         with AuthenticatedProcessPool(session, 2) as pool:

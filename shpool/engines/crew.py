@@ -25,7 +25,7 @@ from shpool.engines.messages import ANSWERS, Kind
 from shpool.engines.packing import dump_setup
 from shpool.engines.setup import WorkerSetup
 from shpool.errors import TaskTerminatedError, TaskTimeoutError, WorkerLostError, WorkerStartError
-from shpool.importing import free_import_lock
+from shpool.importing import free_import_lock, signals_wait
 from shpool.logs import deliver
 from shpool.pickling import load
 from shpool.waiting import wait_in_glances
@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 _STOP_WITHIN = 5.0  # s a worker may take to end by itself
 _LONGEST_NAP = 3600.0  # s
 _RETURN_WITHIN = 0.2  # s a worker that is to be killed may take to give back what it has not begun
+_ASK_AGAIN = 0.005  # s after which a worker is asked again for what has arrived since
 _IMPORTS_WITHIN = 0.3  # s the loop may still take for them once all is to stop
 
 
@@ -160,10 +161,14 @@ class Crew(LoopingEngine):
         with self._lock:
             if not self._open(flight):
                 self._ring()
-            loaded = self._assign(fill=False)
-            ring = flight.task.timeout is not None or self._setup.max_tasks is not None  # there is something to watch
-        if loaded or ring:
-            self._send(loaded, ring=ring)
+            may_go = not self._dispatch.is_saturated
+        ring = flight.task.timeout is not None or self._setup.max_tasks is not None  # there is something to watch
+        if may_go or ring:
+            # ^C in the middle would leave half a message behind, or one that is sent and counts as unsent.
+            with signals_wait():
+                with self._lock:
+                    loaded = self._assign(fill=False)
+                self._send(loaded, ring=ring)
 
     def _close_copies(self) -> None:
         """Close a forked child's copies of the descriptors; with them open, workers would outlive their parent."""
@@ -208,6 +213,7 @@ class Crew(LoopingEngine):
         if member.flights[0] is flight:
             self._stop_head_if_unwanted(member)
         else:
+            member.holds_unwanted = True
             member.recall()
 
     def _stop_head_if_unwanted(self, member: Member) -> None:
@@ -296,20 +302,21 @@ class Crew(LoopingEngine):
         return max(0.0, min(moments) - now) * 1000 + (min(moments) > now)
 
     def _waited_for(self) -> list[Member]:
-        """Return the workers at which flights wait that an idle one could run; under the lock."""
+        """Return the workers at which flights wait that an idle one could run, or nobody wants; under the lock."""
         members = self._members.values()
-        if self._dispatch or not any(member.is_usable and not member.flights for member in members):
-            return []
+        is_idle = not self._dispatch and any(member.is_usable and not member.flights for member in members)
         return [
             member
             for member in members
-            if len(member.flights) > 1 and member.recalled_behind != member.flights[0].number
+            if (is_idle or member.holds_unwanted)
+            and len(member.flights) > 1
+            and member.recalled_behind != member.flights[0].number
         ]
 
     def _limits(self) -> list[tuple[float, Member]]:
         """Return when each running task with a timeout must be stopped; under the lock."""
         return [
-            (member.head_since + member.flights[0].task.timeout, member)
+            (max(member.head_since + member.flights[0].task.timeout, member.sends_until), member)
             for member in self._members.values()
             if member.flights and member.doom is None and member.flights[0].task.timeout is not None
         ]
@@ -325,7 +332,7 @@ class Crew(LoopingEngine):
             member = self._members[descriptor]
             if event & select.POLLOUT:
                 member.flush()
-            messages = member.receive()
+            messages = self._receive(member)
             with self._lock:
                 answers = [(self._land(member, message), message) for message in messages]
                 self._dispatch.note_room()
@@ -340,6 +347,15 @@ class Crew(LoopingEngine):
             if member.is_gone:
                 self._lose(member)
 
+    @staticmethod
+    def _receive(member: Member) -> list[Message]:
+        try:
+            return member.receive()
+        except (MemoryError, OverflowError) as exc:  # a result too large for this process, or no length at all
+            logger.error("worker %d is given up: what it sends cannot be taken in: %r", member.pid, exc)  # noqa: TRY400
+            member.break_off()
+            return []
+
     def _watch_unsent(self) -> None:
         for member in self._members.values():
             if member.has_unsent:
@@ -350,6 +366,8 @@ class Crew(LoopingEngine):
 
     def _land(self, member: Member, message: Message) -> Flight | None:
         """Take a message's effect on the worker's state; under the lock. Returns the flight it is about."""
+        if member.is_broken:
+            return None
         if message.kind in ANSWERS:
             return self._land_answer(member, message)
         if message.kind == Kind.READY:
@@ -358,17 +376,22 @@ class Crew(LoopingEngine):
         if message.kind == Kind.RETURNED:
             self._put_back(member.take_back(load(message.payload)))
             self._condemn_if_unwanted(member)
+            if len(member.flights) > 1:  # the rest of it was still on its way
+                member.recalled_behind, member.recall_from = 0, time.monotonic() + _ASK_AGAIN
         if message.kind == Kind.GREW:
             member.is_retiring = True
         if message.kind in {Kind.LOG, Kind.PART, Kind.TOLD}:
             return member.flights[0] if member.flights else None
         return None
 
-    def _land_answer(self, member: Member, message: Message) -> Flight:
+    def _land_answer(self, member: Member, message: Message) -> Flight | None:
+        if not member.flights or member.flights[0].number != message.number:  # rather no result than another task's
+            logger.error(
+                "worker %d is given up: it answered call %d, which it was not running", member.pid, message.number
+            )
+            member.break_off()
+            return None
         flight = member.flights.popleft()
-        if flight.number != message.number:  # rather no result than another task's
-            msg = f"worker {member.pid} answered call {message.number} when {flight.number} was running"
-            raise RuntimeError(msg)
         member.head_since, member.stops_before = time.monotonic(), math.inf
         self._stop_head_if_unwanted(member)
         if not flight.task.batch:
@@ -438,6 +461,8 @@ class Crew(LoopingEngine):
             late = [member for limit, member in self._limits() if limit <= now] if self._ledger.timed else []
             for member in late:
                 flight = member.flights[0]
+                if member.may_have_answered(flight):  # it is not the task that is late, but the loop
+                    continue
                 member.condemn(flight, TaskTimeoutError(flight.task.label, flight.task.timeout or 0.0))
             for member in self._waited_for():
                 if _recalled_at(member) <= now:
@@ -510,7 +535,8 @@ class Crew(LoopingEngine):
 
 def _recalled_at(member: Member) -> float:
     """Return when what waits at a worker is to be had back for an idle one: at once behind a batch, which lasts."""
-    return member.head_since + (0.0 if member.flights[0].task.batch else STUCK_AFTER)
+    since = member.head_since + (0.0 if member.flights[0].task.batch else STUCK_AFTER)
+    return max(since, member.recall_from)
 
 
 _launching = threading.RLock()  # held at a worker's launch and at a fork: a child knows of every lifeline it got

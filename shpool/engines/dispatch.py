@@ -43,6 +43,11 @@ class Dispatch:
         return bool(self._queue)
 
     @property
+    def is_saturated(self) -> bool:
+        """Tell whether the flight that is next is known to find no room."""
+        return self._is_saturated
+
+    @property
     def next_due(self) -> float | None:
         """When the next delayed flight is due, by ``time.monotonic``."""
         return self._delayed[0][0] if self._delayed else None

@@ -37,8 +37,6 @@ class Ledger:
         on_balance: Called under the lock when nothing is owed any more.
 
     Attributes:
-        pending: Flights whose future is not settled.
-        timed: Of these, how many have a timeout.
         tally: What was counted so far.
         is_closed: No flight gets another attempt.
     """
@@ -47,21 +45,32 @@ class Ledger:
         self._lock = lock
         self._dispatch = dispatch
         self._on_balance = on_balance
-        self.pending = 0
-        self.timed = 0
+        self._owed: set[Flight] = set()  # their future is not settled
+        self._timed: set[Flight] = set()  # of these, those with a timeout
         self.tally = Tally()
         self.is_closed = False
 
+    @property
+    def pending(self) -> int:
+        """How many flights have a future that is not settled."""
+        return len(self._owed)
+
+    @property
+    def timed(self) -> int:
+        """How many of these have a timeout."""
+        return len(self._timed)
+
     def open(self, flight: Flight) -> None:
         """Count a flight in; under the lock."""
-        self.pending += 1
-        self.timed += flight.task.timeout is not None
+        if flight.task.timeout is not None:
+            self._timed.add(flight)
+        self._owed.add(flight)
 
     def forget(self, flight: Flight) -> None:
         """Count a flight out; under the lock."""
-        self.pending -= 1
-        self.timed -= flight.task.timeout is not None
-        if not self.pending:
+        self._timed.discard(flight)
+        self._owed.discard(flight)
+        if not self._owed:
             self._on_balance()
 
     def settle(self, flight: Flight, error: BaseException | None, result: object = None) -> None:

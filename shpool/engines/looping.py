@@ -175,12 +175,15 @@ class LoopingEngine(abc.ABC):
         if self._is_closing or self._has_ended:
             msg = "cannot schedule new futures after shutdown"
             raise RuntimeError(msg)
-        self._ledger.open(flight)
+        # In this order, as ^C may come between any two lines: a flight that waits although its caller got no future is
+        # run and forgotten, while one that is counted and waits nowhere would keep the pool from ending.
         if not flight.task.history:
             self._dispatch.add(flight)
+            self._ledger.open(flight)
             return True
         flight.history.extend(flight.task.history)
         self._ledger.wait(flight, flight.task.delay)
+        self._ledger.open(flight)
         return False
 
     @abc.abstractmethod

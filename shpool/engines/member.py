@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _REAP_WITHIN = 2.0  # s between the end of a lifeline and the end of its process
 _ENDED = frozenset({errno.EPIPE, errno.ECONNRESET, errno.EBADF})
+_SENDS_WITHIN = 1.0  # s without a byte of a large answer
 _SOCKET_BUFFER = 2**20  # bytes; a message of a megabyte then takes one system call
 _READS_IN_A_ROW = 8  # from one worker, while others wait
 
@@ -54,6 +55,9 @@ class Member:
         flights: What was sent and is not answered, oldest first; the first one is running.
         is_ready: The worker has been initialised.
         recalled_behind: Number of the flight behind which the worker was last asked for what it has not begun.
+        recall_from: When it may be asked again, by ``time.monotonic``.
+        holds_unwanted: ``terminate()`` was called for a flight that waits there.
+        is_broken: What it sends makes no sense, or finds no room.
         is_gone: The worker's end of the lifeline is closed, and all that it said was read.
         doom: Set when the process was killed for the sake of one flight.
         stops_before: When it is, at the latest, while what waits behind that flight is had back; by ``time.monotonic``.
@@ -88,6 +92,11 @@ class Member:
         self.is_gone = False
         self._is_deaf = False  # it has closed its end; what it said before may still be unread
         self.recalled_behind = 0
+        self.recall_from = 0.0
+        self.holds_unwanted = False
+        self.is_broken = False
+        self._heard_at = -math.inf  # when bytes last came
+        self._looked_for = 0  # number of the flight that was late, and whose answer was looked for
         self.doom: Doom | None = None
         self.stops_before = math.inf
         self.head_since = 0.0
@@ -210,6 +219,7 @@ class Member:
             except ConnectionResetError:  # as the kernel tells that the other end closed with bytes unread
                 self.died_unread = True
                 some = None
+            self._heard_at = time.monotonic()
             if some is None:
                 self.is_gone = True
                 self.died_unread |= self.has_unsent
@@ -218,6 +228,25 @@ class Member:
             if not self._incoming.is_midway:
                 break
         return messages
+
+    @property
+    def sends_until(self) -> float:
+        """Until when a task counts as ended whose large answer is on its way, by ``time.monotonic``."""
+        return self._heard_at + _SENDS_WITHIN if self._incoming.is_midway else -math.inf
+
+    def may_have_answered(self, flight: Flight) -> bool:
+        """Tell whether something came that was not read yet; once for each flight, as a task may log without end."""
+        if self._looked_for == flight.number:
+            return False
+        self._looked_for = flight.number
+        arrived = select.poll()
+        arrived.register(self._end.fileno(), select.POLLIN)
+        return bool(arrived.poll(0))
+
+    def break_off(self) -> None:
+        """Kill a worker that cannot be understood any more."""
+        self.is_broken = self.is_gone = True
+        self.kill()
 
     def recall(self) -> None:
         """Ask the worker for what it has not begun; it answers RETURNED even in the middle of a task."""
@@ -230,6 +259,7 @@ class Member:
         returned = [flight for flight in self.flights if flight.number in numbers]
         self.flights = collections.deque(flight for flight in self.flights if flight.number not in numbers)
         self.calls_left += sum(flight.task.calls for flight in returned)
+        self.holds_unwanted = any(flight.is_unwanted for flight in self.flights)
         return returned
 
     def dismiss(self, within: float) -> None:
